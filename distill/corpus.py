@@ -1,0 +1,135 @@
+"""The corpus on disk: the target's own responses as token shards, with the states that predicted them when known.
+
+A shard is `shard-00000.safetensors` (tokens, lengths, assistant mask, optional states) beside `shard-00000.jsonl` (who
+asked what, one line a sample). A shard is written whole or not at all, so a killed run goes on after its last shard.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from inference.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation in tokens.
+
+    Attributes:
+        id: of the prompt.
+        domain: of the prompt.
+        source: of the prompt.
+        split: `train` or `validation`.
+        tokens: int64 `[T]`, template and responses.
+        mask: bool `[T]`, true where the token is the assistant's own.
+        states: `[mask.sum(), D]`, the target's head input that predicted each supervised token, or None.
+        text: the last response as text, for people.
+    """
+
+    id: str
+    domain: str
+    source: str
+    split: str
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    states: torch.Tensor | None
+    text: str
+
+
+def shard_name(index: int) -> str:
+    """Stem of a shard's two files."""
+    return f"shard-{index:05d}"
+
+
+def shard_written(folder: Path, index: int) -> bool:
+    """Whether a shard is whole; its token file is renamed into place last."""
+    return (folder / f"{shard_name(index)}.safetensors").is_file()
+
+
+def write_shard(folder: Path, index: int, samples: list[Sample]) -> None:
+    """Write one shard, its token file last and by rename."""
+    stem = folder / shard_name(index)
+    tensors = {
+        "tokens": torch.cat([s.tokens for s in samples]).to(torch.int32),
+        "mask": torch.cat([s.mask for s in samples]).to(torch.uint8),
+        "lengths": torch.tensor([s.tokens.shape[0] for s in samples]),
+    }
+    states = [s.states for s in samples if s.states is not None]
+    if len(states) == len(samples):
+        tensors["states"] = torch.cat(states).to(torch.bfloat16)
+    lines = [
+        {"id": s.id, "domain": s.domain, "source": s.source, "split": s.split, "response": s.text} for s in samples
+    ]
+    _replace(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    aside = stem.with_suffix(".partial")
+    save_file(tensors, aside)
+    with aside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(aside, stem.with_suffix(".safetensors"))
+
+
+def read_shard(folder: Path, index: int) -> list[Sample]:
+    """Read one shard.
+
+    Raises:
+        InputError: a file is missing or truncated, or the two disagree.
+    """
+    stem = folder / shard_name(index)
+    try:
+        tensors = load_file(stem.with_suffix(".safetensors"))
+        lines = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"unreadable shard: {str(error).splitlines()[0]}", where=str(stem), mend="build the corpus again"
+        ) from None
+    lengths = tensors["lengths"].tolist()
+    if len(lines) != len(lengths):
+        raise InputError(
+            f"{len(lines)} lines for {len(lengths)} samples", where=str(stem), mend="build the corpus again"
+        )
+    samples = []
+    position = supervised = 0
+    for line, length in zip(lines, lengths, strict=True):
+        mask = tensors["mask"][position : position + length].bool()
+        count = int(mask.sum())
+        states = tensors["states"][supervised : supervised + count] if "states" in tensors else None
+        samples.append(
+            Sample(
+                id=line["id"],
+                domain=line["domain"],
+                source=line["source"],
+                split=line["split"],
+                tokens=tensors["tokens"][position : position + length].long(),
+                mask=mask,
+                states=states,
+                text=line["response"],
+            )
+        )
+        position, supervised = position + length, supervised + count
+    return samples
+
+
+def read_corpus(folder: Path) -> list[Sample]:
+    """All samples of a corpus folder, in shard order.
+
+    Raises:
+        InputError: no shard, or an unreadable one.
+    """
+    count = len(list(folder.glob("shard-*.safetensors")))
+    if count == 0:
+        raise InputError("the corpus holds no shards", where=str(folder), mend="run `dspark corpus`")
+    return [sample for index in range(count) for sample in read_shard(folder, index)]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,96 @@
+"""How each kind of draft is made: one module per kind, each with a `Config`.
+
+A kind that needs no training writes its folder at once (`write`). A kind that is trained hands out a `Student`, whose
+model some training loop moves and which then saves itself. The folder either way is what `inference.drafters` loads.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inference.drafters import DRAFT_FILE
+from inference.model import CausalModel
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_GLOBS = ("*.model", "vocab.*", "merges.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What making a draft may need.
+
+    Attributes:
+        target_folder: the target's files.
+        folder: where the draft is written.
+        device: where a student is trained.
+        num_target_layers: decoder layers of the target.
+    """
+
+    target_folder: Path
+    folder: Path
+    device: torch.device
+    num_target_layers: int
+
+
+@dataclass(frozen=True)
+class Student:
+    """A draft model in training.
+
+    Attributes:
+        model: its trainable parameters require a gradient, the others do not.
+        save: writes the trained weights, configuration and `draft.json` into a folder.
+    """
+
+    model: CausalModel
+    save: Callable[[Path], None]
+
+
+@dataclass(kw_only=True)
+class TrainedConfig:
+    """What every trained kind has besides its own settings.
+
+    Attributes:
+        sequences_per_step: conversations in one micro-batch.
+        max_tokens: longer conversations are cut, in tokens.
+        chunk_tokens: positions whose vocabulary-wide rows exist at one time.
+    """
+
+    sequences_per_step: int = 4
+    max_tokens: int = 512
+    chunk_tokens: int = 128
+
+    trained = True
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_step", "max_tokens", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"draft.{name} is {getattr(self, name)}; use at least 1")
+
+
+def write_spec(folder: Path, spec: dict[str, object]) -> None:
+    """Write `draft.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DRAFT_FILE).write_text(json.dumps(spec, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the target's tokenizer files, so that the draft is a whole Hugging Face folder."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for glob in _TOKENIZER_GLOBS:
+        for file in source.glob(glob):
+            shutil.copyfile(file, folder / file.name)
+
+
+def save_model(model: CausalModel, folder: Path, *, tokenizer_from: Path) -> None:
+    """Save a student's weights as bf16 safetensors with its configuration, tokenizer and `draft.json`."""
+    state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.model.state_dict().items()}
+    model.model.config.dtype = torch.bfloat16
+    model.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    copy_tokenizer(tokenizer_from, folder)
+    write_spec(folder, {"kind": "model"})

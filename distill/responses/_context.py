@@ -1,0 +1,48 @@
+"""What a generator of responses may use, and the tokens it gives back. Not a generator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from distill.corpus import Sample
+from distill.prompts import Prompt
+from inference.model import CausalModel
+
+
+@dataclass(frozen=True)
+class AnswerContext:
+    """What answering needs.
+
+    Attributes:
+        tokenizer: the target's.
+        stop_tokens: end a response.
+        model: the target in its generation arithmetic; None for generators that do not run it here.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: frozenset[int]
+    model: CausalModel | None
+
+
+def sample_of(
+    prompt: Prompt,
+    *,
+    split: str,
+    ids: Sequence[int],
+    mask: Sequence[bool],
+    states: torch.Tensor | None,
+    text: str,
+) -> Sample:
+    """A corpus sample out of lists; see `distill.corpus.Sample`."""
+    return Sample(
+        id=prompt.id,
+        domain=prompt.domain,
+        source=prompt.source,
+        split=split,
+        tokens=torch.tensor(ids, dtype=torch.long),
+        mask=torch.tensor(mask, dtype=torch.bool),
+        states=states,
+        text=text,
+    )

@@ -1,0 +1,131 @@
+"""The target answers in this process: batched, sorted by length, sampled from its own distribution."""
+
+from dataclasses import dataclass
+
+import torch
+
+from distill.chat import end_of_turn, follow_up, messages_for, render_prompt
+from distill.corpus import Sample
+from distill.prompts import Prompt
+from distill.responses._context import AnswerContext, sample_of
+from inference.generation import Response, generate_batch
+from inference.sampling import SamplingSettings
+
+
+@dataclass(kw_only=True)
+class Config:
+    """How the target answers.
+
+    Attributes:
+        kind: this generator.
+        temperature: 0 is greedy.
+        top_k: see `inference.sampling.SamplingSettings`.
+        top_p: see `inference.sampling.SamplingSettings`.
+        max_new_tokens: longest response of one turn, in tokens.
+        batch_size: conversations answered together, which is also one shard.
+        keep_states: keep the states that predicted each token, so that training need not run the target again.
+    """
+
+    kind: str = "local"
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    keep_states: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"corpus needs max_new_tokens and batch_size of at least 1, got {self.max_new_tokens}, {self.batch_size}"
+            )
+        self.settings()
+
+    def settings(self) -> SamplingSettings:
+        """Sampling settings of the responses."""
+        return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    def needs_target(self) -> bool:
+        """Whether `answer` runs the target in this process."""
+        return True
+
+    def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> list[Sample]:
+        """Answer a batch of prompts turn by turn, keeping the very ids the target wrote.
+
+        Args:
+            prompts: one shard.
+            splits: split of each prompt.
+            context: the target among it.
+            seed: fixes every draw of this shard.
+        """
+        assert context.model is not None, "the local generator runs the target"
+        threads = [_Thread(prompt, context) for prompt in prompts]
+        for turn in range(max(len(prompt.turns) for prompt in prompts)):
+            waiting = [thread for thread in threads if thread.open_turn(turn)]
+            if not waiting:
+                continue
+            responses = generate_batch(
+                context.model,
+                [thread.ids for thread in waiting],
+                settings=self.settings(),
+                max_new_tokens=self.max_new_tokens,
+                stop_tokens=context.stop_tokens,
+                seed=seed + turn,
+                keep_states=self.keep_states,
+            )
+            for thread, response in zip(waiting, responses, strict=True):
+                thread.add(response)
+        return [thread.sample(split) for thread, split in zip(threads, splits, strict=True)]
+
+
+class _Thread:
+    """One conversation while it is being answered: ids, which of them are the target's, and their states."""
+
+    def __init__(self, prompt: Prompt, context: AnswerContext) -> None:
+        self.prompt, self.context = prompt, context
+        self.messages = messages_for(prompt.turns, system=prompt.system)
+        self.ids = render_prompt(context.tokenizer, self.messages)
+        self.mask = [False] * len(self.ids)
+        self.states: list[torch.Tensor] = []
+        self.last: list[int] = []
+
+    def open_turn(self, turn: int) -> bool:
+        """Put the user's next words in; false when there are none."""
+        if turn >= len(self.prompt.turns):
+            return False
+        if turn > 0:
+            self._drop_foreign_stop()
+            user = self.prompt.turns[turn]
+            bridge = follow_up(self.context.tokenizer, self.messages, response_ids=self.last, user=user)
+            self.messages = [*self.messages, {"role": "user", "content": user}]
+            self.ids += bridge
+            self.mask += [False] * len(bridge)
+        return True
+
+    def _drop_foreign_stop(self) -> None:
+        """Take back a stop token that this template does not write: no later turn was ever preceded by it."""
+        if self.last and self.last[-1] in self.context.stop_tokens:
+            if self.last[-1] != end_of_turn(self.context.tokenizer):
+                del self.last[-1], self.ids[-1], self.mask[-1]
+                self.states = [*self.states[:-1], self.states[-1][:-1]] if self.states else []
+
+    def add(self, response: Response) -> None:
+        """Append the target's answer."""
+        self.last = response.tokens
+        self.ids += response.tokens
+        self.mask += [True] * len(response.tokens)
+        if response.states is not None:
+            self.states.append(response.states)
+        text = str(self.context.tokenizer.decode(response.tokens, skip_special_tokens=True))
+        self.messages = [*self.messages, {"role": "assistant", "content": text}]
+
+    def sample(self, split: str) -> Sample:
+        """The finished conversation."""
+        return sample_of(
+            self.prompt,
+            split=split,
+            ids=self.ids,
+            mask=self.mask,
+            states=torch.cat(self.states) if self.states else None,
+            text=self.messages[-1]["content"],
+        )

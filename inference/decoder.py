@@ -1,0 +1,233 @@
+"""Speculative decoding of one request: draft, verify in one target pass, accept, roll back. Target-only is the case
+of a drafter that proposes nothing, so the baseline runs the same loop.
+
+The last prompt token is the first anchor: the prompt's other tokens are prefilled, and every emitted token then comes
+from a round. So tau is emitted tokens over rounds, and exactly 1 for target-only decoding.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from inference.drafters import Drafter, Proposal
+from inference.errors import InputError
+from inference.lookahead import Lookahead
+from inference.model import CausalModel
+from inference.randomness import Source
+from inference.sampling import SamplingSettings, process_logits
+from inference.verification import Verdict, verify_greedy, verify_sampled
+
+PARTS = ("prefill", "draft", "verify", "accept", "cache", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the decoder.
+
+    Attributes:
+        settings: how tokens are drawn.
+        max_new_tokens: longest answer, in tokens.
+        stop_tokens: any of these ends the answer and is part of it.
+    """
+
+    settings: SamplingSettings
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+
+
+@dataclass
+class Decoded:
+    """What one request gave.
+
+    Attributes:
+        tokens: emitted token ids, a stop token included.
+        passes: target passes after the prefill, one a round.
+        proposed: proposed[k] = rounds that verified a token at position k + 1.
+        accepted: accepted[k] = rounds in which that token stood.
+        seconds: by part, see `PARTS`.
+        blocks: blocks[l] = rounds that proposed l tokens.
+        cache_nbytes: bytes of the target's cache at the end, its largest.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    passes: int = 0
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    blocks: dict[int, int] = field(default_factory=dict)
+    cache_nbytes: int = 0
+
+    @property
+    def tau(self) -> float:
+        """Emitted tokens per target pass, bonus included (method section 1)."""
+        return len(self.tokens) / self.passes
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall-clock seconds, prefill included."""
+        return sum(self.seconds.values())
+
+    def count(self, num_proposed: int, num_accepted: int) -> None:
+        """Add one round. A position counts as verified only while all before it were accepted."""
+        self.passes += 1
+        self.blocks[num_proposed] = self.blocks.get(num_proposed, 0) + 1
+        while len(self.proposed) < num_proposed:
+            self.proposed.append(0)
+            self.accepted.append(0)
+        for position in range(min(num_proposed, num_accepted + 1)):
+            self.proposed[position] += 1
+            self.accepted[position] += position < num_accepted
+
+
+class _Clock:
+    """Adds wall-clock seconds to parts; on an accelerator it waits for the device, so that parts mean something."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self.seconds = seconds
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else None
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    def now(self) -> float:
+        if self._wait is not None:
+            self._wait()
+        return time.perf_counter()
+
+
+@torch.inference_mode()
+def decode(
+    target: CausalModel,
+    drafter: Drafter,
+    prompt: torch.Tensor,
+    *,
+    request: Request,
+    lookahead: Lookahead,
+    generator: Source,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> Decoded:
+    """Decode one request losslessly.
+
+    Args:
+        target: the model whose law the output follows.
+        drafter: proposes tokens.
+        prompt: int64 `[T]`, at least one token.
+        request: sampling, length and stop rules.
+        lookahead: how many tokens are proposed.
+        generator: source of every random decision, draft's and target's.
+        on_tokens: called with newly emitted tokens after every round, for streaming.
+
+    Raises:
+        InputError: the prompt is empty or leaves no room in the context.
+    """
+    room = target.context_limit - prompt.shape[0]
+    check_prompt_length(prompt.shape[0], target.context_limit)
+    budget = min(request.max_new_tokens, room)
+    result = Decoded()
+    clock = _Clock(result.seconds, prompt.device)
+    start = clock.now()
+    context = _Context(prompt, capacity=prompt.shape[0] + budget)
+    cache = target.new_cache()
+    with clock.part("prefill"):
+        if prompt.shape[0] > 1:
+            target.logits(prompt[:-1], cache, num_rows=1)
+        drafter.begin(prompt)
+
+    finished = False
+    while not finished:
+        with clock.part("draft"):
+            # The target adds a token of its own to every round, so the last one needs no proposal.
+            limit = min(lookahead.max_tokens, budget - len(result.tokens) - 1)
+            proposal = drafter.propose(
+                context.tokens, limit=limit, lookahead=lookahead, settings=request.settings, generator=generator
+            )
+        with clock.part("verify"):
+            block = torch.cat([context.tokens[-1:], proposal.tokens])
+            logits = target.logits(block, cache, num_rows=len(proposal) + 1)
+        with clock.part("accept"):
+            verdict = judge(proposal, logits, context.tokens, settings=request.settings, generator=generator)
+            emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
+            result.count(len(proposal), verdict.num_accepted)
+            emitted, finished = _up_to_stop(emitted, request.stop_tokens)
+            result.tokens += emitted
+            context.append(emitted)
+            finished = finished or len(result.tokens) >= budget
+        with clock.part("cache"):
+            result.cache_nbytes = cache.nbytes()
+            cache.rollback(cache.length - len(proposal) + verdict.num_accepted)
+            drafter.rollback(verdict.num_accepted)
+            lookahead.observe(len(proposal), verdict.num_accepted)
+        if on_tokens is not None:
+            on_tokens(emitted)
+    result.seconds["other"] = max(0.0, clock.now() - start - result.total_seconds)
+    return result
+
+
+def judge(
+    proposal: Proposal,
+    target_logits: torch.Tensor,
+    context: torch.Tensor,
+    *,
+    settings: SamplingSettings,
+    generator: Source,
+) -> Verdict:
+    """Process the target's rows as the draft's were processed, and verify.
+
+    Args:
+        proposal: l proposed tokens.
+        target_logits: `[l + 1, V]`, raw.
+        context: int64 `[T]`, tokens up to the anchor.
+        settings: sampling settings of the request.
+        generator: source of random decisions.
+    """
+    processed = process_logits(target_logits, context=context, block=proposal.tokens, settings=settings)
+    if settings.greedy:
+        return verify_greedy(proposal.tokens, processed)
+    return verify_sampled(proposal.tokens, proposal.probs, torch.softmax(processed, dim=-1), generator=generator)
+
+
+def check_prompt_length(num_tokens: int, context_limit: int) -> None:
+    """Refuse a prompt that cannot be answered.
+
+    Raises:
+        InputError: no token, or no room for an answer.
+    """
+    if num_tokens < 1:
+        raise InputError("the prompt has no tokens", where="prompt", mend="give some text")
+    if num_tokens >= context_limit:
+        raise InputError(
+            f"the prompt has {num_tokens} tokens, the context holds {context_limit}", where="prompt", mend="shorten it"
+        )
+
+
+class _Context:
+    """Verified tokens in one preallocated buffer, so that no round copies the context."""
+
+    def __init__(self, prompt: torch.Tensor, *, capacity: int) -> None:
+        self._buffer = prompt.new_empty(capacity)
+        self._buffer[: prompt.shape[0]] = prompt
+        self._length = prompt.shape[0]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """View of all verified tokens, int64 `[T]`."""
+        return self._buffer[: self._length]
+
+    def append(self, tokens: list[int]) -> None:
+        end = self._length + len(tokens)
+        self._buffer[self._length : end] = self._buffer.new_tensor(tokens)
+        self._length = end
+
+
+def _up_to_stop(tokens: list[int], stops: frozenset[int]) -> tuple[list[int], bool]:
+    """Cut after the first stop token, if there is one."""
+    for index, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: index + 1], True
+    return tokens, False

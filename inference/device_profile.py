@@ -1,0 +1,220 @@
+"""What this machine does well: seconds per pass of 1 to 32 tokens in every arithmetic on offer, and per training token.
+
+Measured once per device, library versions and model shape, in a minute or less, and cached. Precision follows from it:
+the baseline gets the arithmetic that is fastest at one token, speculative decoding the one fastest at block widths,
+generation the one fastest at wide passes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+
+from inference.model import CausalModel, decoder_layers, load_causal_model
+from inference.precision import available_precisions
+from inference.target import TargetConfig, config_shape
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = (1, 4, 6, 8, 16, 32)
+BLOCK_WIDTHS = (4, 6, 8)
+_CONTEXT_TOKENS = 128
+_REPEATS = 7
+_TRAIN_ROWS = 256
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Measured costs.
+
+    Attributes:
+        device: processor or GPU name and thread count.
+        versions: of torch and transformers.
+        passes: passes[precision][width] = seconds of one pass of `width` tokens after 128 tokens of context, the lower
+            quartile of repeats: what the machine does when nothing else runs.
+        spread: spread[precision][width] = distance between the lower quartile and the median, seconds.
+        train: train[precision] = seconds per token of forward and backward: `layer` through the linear products of one
+            decoder layer, `head` through the output head and a divergence over the vocabulary.
+    """
+
+    device: str
+    versions: dict[str, str]
+    passes: dict[str, dict[int, float]]
+    spread: dict[str, dict[int, float]]
+    train: dict[str, dict[str, float]]
+
+    @property
+    def baseline_precision(self) -> str:
+        """Fastest arithmetic for target-only decoding; the speculative one when the two cannot be told apart."""
+        fastest = min(self.passes, key=lambda name: self.passes[name][1])
+        block = self.block_precision
+        gap = self.passes[block][1] - self.passes[fastest][1]
+        return block if gap <= self.spread[block][1] + self.spread[fastest][1] else fastest
+
+    @property
+    def block_precision(self) -> str:
+        """Fastest arithmetic for verifying blocks."""
+        return min(self.passes, key=lambda name: sum(self.passes[name][w] for w in BLOCK_WIDTHS))
+
+    @property
+    def generation_precision(self) -> str:
+        """Fastest arithmetic for wide passes, as batched generation makes them."""
+        return min(self.passes, key=lambda name: self.passes[name][max(WIDTHS)])
+
+    @property
+    def train_precision(self) -> str:
+        """Fastest arithmetic for training."""
+        return min(self.train, key=lambda name: sum(self.train[name].values()))
+
+    def pass_seconds(self, precision: str, width: int) -> float:
+        """Seconds of a pass of any width, linear between the measured ones and beyond the widest."""
+        known = sorted(self.passes[precision].items())
+        if width <= known[0][0]:
+            return known[0][1]
+        upper = next((i for i, (w, _) in enumerate(known) if w >= width), len(known) - 1)
+        (w0, t0), (w1, t1) = known[upper - 1], known[upper]
+        return t0 + (t1 - t0) * (width - w0) / (w1 - w0)
+
+    def table(self) -> list[list[str]]:
+        """Rows for people: precision, then milliseconds per width."""
+        return [[name, *(f"{1e3 * row[w]:.1f}" for w in WIDTHS)] for name, row in self.passes.items()]
+
+
+def device_profile(target: TargetConfig, cache: Path) -> DeviceProfile:
+    """The profile of this device for a target's shape, measured when it is not known yet.
+
+    Args:
+        target: whose passes are timed.
+        cache: folder of cached profiles.
+    """
+    folder = target.folder(cache)
+    device = target.torch_device()
+    identity = {"device": device_name(device), "versions": _versions(), "shape": config_shape(folder)}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache / "profiles" / f"{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            return profile_from_json(json.loads(path.read_text(encoding="utf-8")))
+        logger.info("measuring this machine (once per device, versions and model shape)")
+        profile = measure(folder, device=device, attention=target.attention)
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(asdict(profile), indent=1), encoding="utf-8")
+        os.replace(aside, path)
+    return profile
+
+
+def profile_from_json(data: dict[str, object]) -> DeviceProfile:
+    """Rebuild a profile from its JSON form, whose widths are strings."""
+
+    def by_width(table: object) -> dict[str, dict[int, float]]:
+        assert isinstance(table, dict), "a profile holds tables by precision"
+        return {name: {int(w): float(s) for w, s in row.items()} for name, row in table.items()}
+
+    versions, train = data["versions"], data["train"]
+    assert isinstance(versions, dict) and isinstance(train, dict), "a profile holds versions and training costs"
+    return DeviceProfile(str(data["device"]), versions, by_width(data["passes"]), by_width(data["spread"]), train)
+
+
+def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> DeviceProfile:
+    """Time every arithmetic on offer; see `DeviceProfile` for what is kept."""
+    passes: dict[str, dict[int, float]] = {}
+    spread: dict[str, dict[int, float]] = {}
+    train: dict[str, dict[str, float]] = {}
+    for precision in available_precisions(device):
+        model = load_causal_model(folder, precision=precision, device=device, attention=attention)
+        passes[precision], spread[precision] = _time_passes(model)
+        if precision in {"fp32", "bf16"}:
+            train[precision] = _time_training(model)
+        del model
+    return DeviceProfile(device_name(device), _versions(), passes, spread, train)
+
+
+def device_name(device: torch.device) -> str:
+    """Processor or GPU name, with the thread count and whether bf16 instructions exist on a CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _time_passes(model: CausalModel) -> tuple[dict[int, float], dict[int, float]]:
+    """Median seconds and spread per width, after a context of 128 tokens or half of what the model holds."""
+    context = min(_CONTEXT_TOKENS, model.context_limit // 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (context + max(WIDTHS),), generator=generator).to(model.device)
+    cache = model.new_cache()
+    model.logits(tokens[:context], cache, num_rows=1)
+    medians: dict[int, float] = {}
+    spreads: dict[int, float] = {}
+    for width in WIDTHS:
+
+        def one_pass(width: int = width) -> None:
+            cache.rollback(context)
+            model.logits(tokens[context : context + width], cache, num_rows=width)
+
+        medians[width], spreads[width] = _timed(one_pass, model.device)
+    return medians, spreads
+
+
+def _time_training(model: CausalModel) -> dict[str, float]:
+    """Seconds per token of forward and backward with fp32 master weights: one layer's linear products, and the head.
+
+    The head stays frozen, as in distillation: its cost is the draft's logits, the gradient of its input, the target's
+    logits, and a KL divergence over the vocabulary.
+    """
+    layer = decoder_layers(model.model)[0]
+    weights = [m.weight.detach().float().requires_grad_() for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = [torch.randn(_TRAIN_ROWS, w.shape[1], device=w.device, requires_grad=True) for w in weights]
+    head = model.model.get_output_embeddings().weight.detach().float()
+    state = torch.randn(_TRAIN_ROWS, head.shape[1], device=head.device, requires_grad=True)
+    autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16")
+
+    def layer_step() -> None:
+        with autocast:
+            sums = [torch.nn.functional.linear(x, w).float().sum() for x, w in zip(inputs, weights, strict=True)]
+        torch.autograd.backward(sums)
+
+    def head_step() -> None:
+        with autocast:
+            draft_logits = torch.nn.functional.linear(state, head)
+            with torch.no_grad():
+                target_logits = torch.nn.functional.linear(state + 1.0, head)
+        draft_logprobs = draft_logits.float().log_softmax(-1)
+        target_logprobs = target_logits.float().log_softmax(-1)
+        torch.autograd.backward((target_logprobs.exp() * (target_logprobs - draft_logprobs)).sum())
+
+    layer_seconds, _ = _timed(layer_step, model.device)
+    head_seconds, _ = _timed(head_step, model.device)
+    return {"layer": layer_seconds / _TRAIN_ROWS, "head": head_seconds / _TRAIN_ROWS}
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Lower quartile of the seconds of repeats, one warm-up left out, and its distance to the median."""
+    seconds = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    lower, median, _ = statistics.quantiles(seconds[1:], n=4)
+    return lower, median - lower

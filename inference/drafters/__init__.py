@@ -1,0 +1,113 @@
+"""Everything that can propose tokens, behind one small protocol; one module per kind.
+
+A drafter folder holds `draft.json` with a `kind`, and whatever that kind reads: nothing, or a Hugging Face model
+folder. `load_drafter` looks the kind up among the modules of this package; a downloaded folder names no code.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from inference.errors import InputError
+from inference.lookahead import Lookahead
+from inference.model import CausalModel
+from inference.plugins import plugin
+from inference.randomness import Source
+from inference.sampling import SamplingSettings
+
+DRAFT_FILE = "draft.json"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Tokens proposed after the anchor.
+
+    Attributes:
+        tokens: int64 `[l]`, l may be 0.
+        probs: `[l, V]`, the very rows the tokens were sampled from; None when each token was certain (point mass).
+    """
+
+    tokens: torch.Tensor
+    probs: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+class Drafter(Protocol):
+    """Proposes tokens for one request at a time.
+
+    Attributes:
+        kind: name of the module it comes from.
+    """
+
+    kind: str
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """Start a request; `prompt` is int64 `[T]`, its last token the first anchor. May prefill a cache."""
+        ...
+
+    def propose(
+        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+    ) -> Proposal:
+        """Propose at most `limit` tokens after `context`, int64 `[T]`, all verified, its last token the anchor."""
+        ...
+
+    def rollback(self, num_accepted: int) -> None:
+        """Told after verification how many proposed tokens stand; forget what was rejected."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of weights and caches held beyond the target's own."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """What a kind may need besides its folder.
+
+    Attributes:
+        folder: the draft's folder.
+        target_folder: folder of the target's weights and tokenizer.
+        target: the loaded target, for drafts that share its parts.
+        precision: arithmetic for a draft model (see `inference.precision`).
+        device: where it runs.
+    """
+
+    folder: Path
+    target_folder: Path
+    target: CausalModel
+    precision: str
+    device: torch.device
+
+
+def read_draft_spec(folder: Path) -> dict[str, object]:
+    """Read `draft.json`.
+
+    Raises:
+        InputError: it is missing or not a JSON object with a `kind`.
+    """
+    path = folder / DRAFT_FILE
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no draft here", where=str(path), mend="point at a folder that holds draft.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"draft.json is not JSON: {error}", where=str(path), mend="publish the draft again") from None
+    if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
+        raise InputError("draft.json names no kind", where=str(path), mend="publish the draft again")
+    return spec
+
+
+def load_drafter(context: LoadContext) -> Drafter:
+    """Build the drafter a folder describes.
+
+    Raises:
+        InputError: unknown kind, or files that are missing, truncated or do not fit the target.
+    """
+    spec = read_draft_spec(context.folder)
+    drafter: Drafter = plugin("inference.drafters", str(spec["kind"])).load(spec, context)
+    return drafter

@@ -1,0 +1,117 @@
+"""N-gram look-up: propose what followed the last occurrence of the current suffix. The control every draft must beat.
+
+Source: prompt look-up decoding (Saxena 2023); Yang et al. 2023, LLMA.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from inference.drafters import LoadContext, Proposal
+from inference.errors import InputError
+from inference.lookahead import Lookahead, Visible
+from inference.randomness import Source
+from inference.sampling import SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupSettings:
+    """Which suffixes count as a match.
+
+    Attributes:
+        longest: longest suffix looked up, in tokens; longer suffixes are tried first.
+        shortest: shortest suffix looked up, in tokens.
+    """
+
+    longest: int = 4
+    shortest: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(f"need 1 <= shortest <= longest, got {self.shortest} and {self.longest}")
+
+
+class LookupDrafter:
+    """Keeps an index from n-gram to the position after its latest occurrence, extended as tokens are verified.
+
+    The confidence of a match of length n is the share of proposed tokens that stood in this request's earlier rounds
+    with the same n (Laplace-smoothed): known before any token of the block is looked at.
+    """
+
+    kind = "lookup"
+
+    def __init__(self, settings: LookupSettings) -> None:
+        self.settings = settings
+        self._lengths = range(settings.longest, settings.shortest - 1, -1)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        self._stood = {n: 0 for n in self._lengths}
+        self._tried = {n: 0 for n in self._lengths}
+        self._last: tuple[int, int] | None = None
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """See `Drafter.begin`."""
+        self._clear()
+        self._extend(prompt.tolist())
+
+    def propose(
+        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+    ) -> Proposal:
+        """See `Drafter.propose`; tokens are point masses."""
+        self._extend(context[len(self._tokens) :].tolist())
+        self._last = None
+        found = self._match()
+        if found is None:
+            return Proposal(context[:0])
+        length, start = found
+        chance = (self._stood[length] + 1) / (self._tried[length] + 2)
+        kept = 0
+        while kept < min(limit, len(self._tokens) - start):
+            confidences = (chance,) * (kept + 1) if lookahead.needs_confidence else ()
+            if not lookahead.keeps(Visible(kept + 1, confidences)):
+                break
+            kept += 1
+        self._last = (length, kept)
+        return Proposal(context[start : start + kept])
+
+    def rollback(self, num_accepted: int) -> None:
+        """Learn how well matches of the last length do; nothing is cached beyond verified tokens."""
+        if self._last is not None:
+            length, proposed = self._last
+            self._stood[length] += num_accepted
+            self._tried[length] += min(proposed, num_accepted + 1)
+
+    def nbytes(self) -> int:
+        """See `Drafter.nbytes`; the index is a few bytes a token and counted as nothing."""
+        return 0
+
+    def _extend(self, tokens: list[int]) -> None:
+        """Append verified tokens; index every n-gram that now has a token after it."""
+        for token in tokens:
+            end = len(self._tokens)
+            for length in self._lengths:
+                if end >= length:
+                    self._after[tuple(self._tokens[end - length : end])] = end
+            self._tokens.append(token)
+
+    def _match(self) -> tuple[int, int] | None:
+        """Longest suffix seen before: its length and the position after its latest earlier occurrence."""
+        for length in self._lengths:
+            start = self._after.get(tuple(self._tokens[-length:])) if len(self._tokens) >= length else None
+            if start is not None:
+                return length, start
+        return None
+
+
+def load(spec: dict[str, object], context: LoadContext) -> LookupDrafter:
+    """See `load_drafter`."""
+    try:
+        settings = LookupSettings(longest=int(str(spec["longest"])), shortest=int(str(spec["shortest"])))
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"look-up settings are off: {error}", where=str(context.folder), mend="build the draft again"
+        ) from None
+    return LookupDrafter(settings)

@@ -1,0 +1,98 @@
+"""A language model of its own as the draft: pruned and pretrained students, with their own key-value cache."""
+
+import torch
+
+from inference.cache import RollbackCache
+from inference.drafters import LoadContext, Proposal
+from inference.lookahead import Lookahead, Visible
+from inference.model import CausalModel, load_causal_model
+from inference.randomness import Source
+from inference.sampling import SamplingSettings, process_logits
+
+
+class ModelDrafter:
+    """Drafts token by token with a causal LM that reads tokens alone.
+
+    The confidence of position k is the largest probability of the draft's own row for it, taken before sampling.
+    """
+
+    def __init__(self, model: CausalModel, *, kind: str = "model") -> None:
+        self.model = model
+        self.kind = kind
+        self._cache = model.new_cache()
+        self._valid = 0
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """Prefill all but the anchor."""
+        self._cache.rollback(0)
+        if prompt.shape[0] > 1:
+            self.model.logits(prompt[:-1], self._cache, num_rows=1)
+        self._valid = self._cache.length
+
+    def propose(
+        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+    ) -> Proposal:
+        """See `Drafter.propose`."""
+        self._context_length = context.shape[0]
+        pending = context[self._valid :]
+        tokens = context[:0]
+        rows: list[torch.Tensor] = []
+        confidences: tuple[float, ...] = ()
+        while tokens.shape[0] < limit:
+            position = tokens.shape[0] + 1
+            if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
+                break
+            logits = self.model.logits(pending, self._cache, num_rows=1)
+            token, row, probability = _draw(logits, context, tokens, settings, generator, lookahead, confidences)
+            if token is None:
+                break
+            confidences = probability
+            tokens = torch.cat([tokens, token[None]])
+            pending = tokens[-1:]
+            if row is not None:
+                rows.append(row)
+        return Proposal(tokens, torch.stack(rows) if rows else None)
+
+    def rollback(self, num_accepted: int) -> None:
+        """Drop rejected tokens from the draft's cache; the last proposed token was never fed to it."""
+        self._valid = min(self._cache.length, self._context_length + num_accepted)
+        self._cache.rollback(self._valid)
+
+    def nbytes(self) -> int:
+        """See `Drafter.nbytes`."""
+        return self.model.nbytes() + self._cache.nbytes()
+
+    @property
+    def cache(self) -> RollbackCache:
+        """The draft's own cache."""
+        return self._cache
+
+
+def _draw(
+    logits: torch.Tensor,
+    context: torch.Tensor,
+    tokens: torch.Tensor,
+    settings: SamplingSettings,
+    generator: Source,
+    lookahead: Lookahead,
+    confidences: tuple[float, ...],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[float, ...]]:
+    """Ask the policy, then sample one token from its row; `(None, None, ...)` when the policy ends the block."""
+    history = torch.cat([context, tokens])
+    row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
+    probs = None if settings.greedy and not lookahead.needs_confidence else torch.softmax(row, dim=-1)
+    if lookahead.needs_confidence and probs is not None:
+        confidences = (*confidences, float(probs.max()))
+        if not lookahead.keeps(Visible(tokens.shape[0] + 1, confidences)):
+            return None, None, confidences
+    if settings.greedy:
+        return row.argmax(), None, confidences
+    assert probs is not None, "sampling needs the distribution"
+    return generator.categorical(probs), probs, confidences
+
+
+def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
+    """See `load_drafter`."""
+    model = load_causal_model(context.folder, precision=context.precision, device=context.device)
+    context.target.check_same_vocabulary(model, where=str(context.folder))
+    return ModelDrafter(model)

@@ -1,0 +1,54 @@
+"""The target's own weights, quantized by bitsandbytes (NF4 or int8), optionally with layers skipped, as the draft."""
+
+import logging
+from typing import Any
+
+import torch
+
+from inference.drafters import LoadContext
+from inference.drafters.model import ModelDrafter
+from inference.errors import InputError
+from inference.model import load_causal_model
+
+_FORMATS = ("nf4", "int8")
+
+
+def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> Any:
+    """transformers' configuration for a bitsandbytes format.
+
+    Raises:
+        ValueError: unknown format.
+        InputError: bitsandbytes is not installed.
+    """
+    if weight_format not in _FORMATS:
+        raise ValueError(f"unknown format {weight_format!r}; choose one of {', '.join(_FORMATS)}")
+    try:
+        import bitsandbytes  # noqa: F401  (transformers asks for it later, with a longer message)
+    except ImportError:
+        raise InputError("bitsandbytes is not installed", mend="pip install bitsandbytes, or drop this draft") from None
+    from transformers import BitsAndBytesConfig
+
+    # int8 says on every product that it casts its input; at a hundred products a pass that is no news.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if weight_format == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
+    """See `load_drafter`; quantizes the target's folder while loading, so the draft folder holds no weights."""
+    kept = spec.get("kept_layers")
+    try:
+        kept_layers = None if kept is None else [int(i) for i in kept]  # type: ignore[attr-defined]
+        compute = torch.float32 if context.device.type == "cpu" else torch.bfloat16
+        config = quantization_config(str(spec.get("format")), compute_dtype=compute)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"quantized draft: {error}", where=str(context.folder), mend="build the draft again") from None
+    model = load_causal_model(
+        context.target_folder,
+        precision="fp32" if context.device.type == "cpu" else "bf16",
+        device=context.device,
+        quantization=config,
+        kept_layers=kept_layers,
+    )
+    return ModelDrafter(model, kind="quantized")

@@ -1,0 +1,125 @@
+"""Batched target-only generation, for corpora: left-padded prompts, one cache, finished rows leave the batch.
+
+Not speculative and not the baseline of any comparison. Along with the tokens it can keep the state that entered the
+output head for each of them, which is all that distillation needs of the target later.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from inference.decoder import check_prompt_length
+from inference.model import CausalModel
+from inference.sampling import SamplingSettings, process_logits
+
+_COMPACT_BELOW = 0.75
+
+
+@dataclass
+class Response:
+    """One generated answer.
+
+    Attributes:
+        tokens: token ids, the stop token included when one was reached.
+        states: `[len(tokens), D]`, the head's input that predicted each token; None unless asked for.
+        stopped: whether a stop token ended it.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    states: torch.Tensor | None = None
+    stopped: bool = False
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: CausalModel,
+    prompts: list[list[int]],
+    *,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+    keep_states: bool = False,
+) -> list[Response]:
+    """Answer a batch of prompts with the model itself.
+
+    Args:
+        model: the target.
+        prompts: token ids of each prompt, no padding.
+        settings: sampling; a repetition penalty is not supported here.
+        max_new_tokens: longest answer.
+        stop_tokens: each ends a row.
+        seed: fixes every draw of this batch.
+        keep_states: whether to return the head's inputs.
+
+    Raises:
+        ValueError: a repetition penalty was asked for.
+        InputError: a prompt does not fit the context.
+    """
+    if settings.repetition_penalty != 1.0:
+        raise ValueError("batched generation has no repetition penalty; set repetition_penalty=1")
+    longest = max(len(prompt) for prompt in prompts)
+    check_prompt_length(longest, model.context_limit)
+    steps = min(max_new_tokens, model.context_limit - longest)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    ids, mask = _left_padded(prompts, device=model.device)
+    # One column per step, so that a pass extends the mask without copying it.
+    mask = torch.cat([mask, mask.new_ones(len(prompts), steps)], dim=1)
+    responses = [Response() for _ in prompts]
+    kept: list[list[torch.Tensor]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    cache = model.new_cache()
+    with model.captured_states() as states:
+        for step in range(steps):
+            width = longest + step
+            positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            logits = model.model(
+                input_ids=ids,
+                attention_mask=mask[:, :width],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens = _draw(logits, settings, generator)
+            for index, token in enumerate(tokens.tolist()):
+                response = responses[rows[index]]
+                response.tokens.append(token)
+                response.stopped = response.stopped or token in stop_tokens
+                if keep_states:
+                    kept[rows[index]].append(states[-1][index, -1])
+            states.clear()
+            alive = [i for i, row in enumerate(rows) if not responses[row].stopped]
+            if not alive:
+                break
+            ids = tokens[:, None]
+            # Ended rows go on as ballast until a quarter of the batch is ballast, because compaction copies the cache.
+            if len(alive) < _COMPACT_BELOW * len(rows):
+                index_of = torch.tensor(alive, device=model.device)
+                ids, mask, rows = ids[index_of], mask[index_of], [rows[i] for i in alive]
+                cache.batch_select_indices(index_of)
+    return [_finished(response, states_of, stop_tokens) for response, states_of in zip(responses, kept, strict=True)]
+
+
+def _finished(response: Response, states: list[torch.Tensor], stop_tokens: frozenset[int]) -> Response:
+    """Cut what a row wrote after its own end while it waited for the batch to shrink."""
+    end = next((i + 1 for i, token in enumerate(response.tokens) if token in stop_tokens), len(response.tokens))
+    stopped = end > 0 and response.tokens[end - 1] in stop_tokens
+    return Response(response.tokens[:end], torch.stack(states[:end]) if states else None, stopped)
+
+
+def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
+    """One token per row, int64 `[batch]`, from logits `[batch, V]`."""
+    none = torch.empty(0, dtype=torch.long, device=logits.device)
+    processed = process_logits(logits, context=none, block=none, settings=settings)
+    if settings.greedy:
+        return processed.argmax(-1)
+    return torch.multinomial(torch.softmax(processed, dim=-1), 1, generator=generator)[:, 0]
+
+
+def _left_padded(prompts: list[list[int]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 `[batch, longest]`; padding is on the left, so all rows end together."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,222 @@
+"""A published (target, draft) pair, ready to decode.
+
+    from inference.pair import load_pair
+    pair = load_pair("registry/smollm2/champion")
+    print(pair.generate("Why is the sky blue?").text)
+
+`pair.json` names kinds, never code. The target it was made for is checked by digest before anything is decoded.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.decoder import Decoded, Request, decode
+from inference.drafters import Drafter, LoadContext, load_drafter
+from inference.errors import InputError
+from inference.lookahead import Lookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel, load_causal_model
+from inference.plugins import plugin
+from inference.precision import available_precisions
+from inference.randomness import TorchSource
+from inference.sampling import SamplingSettings
+from inference.target import TargetConfig, stop_tokens, target_digest
+
+PAIR_FILE = "pair.json"
+SCHEMA_VERSION = 1
+DEFAULT_CACHE = Path("~/.cache/dspark")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Text and what it took.
+
+    Attributes:
+        text: the answer, special tokens left out.
+        decoded: tokens, passes and seconds.
+    """
+
+    text: str
+    decoded: Decoded
+
+    @property
+    def tau(self) -> float:
+        """Emitted tokens per target pass."""
+        return self.decoded.tau
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Emitted tokens per second, prefill included."""
+        return len(self.decoded.tokens) / self.decoded.total_seconds
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A loaded pair.
+
+    Attributes:
+        info: what `pair.json` says.
+        target: the model whose output is kept.
+        drafter: proposes tokens.
+        lookahead: how many.
+    """
+
+    info: dict[str, Any]
+    target: CausalModel
+    drafter: Drafter
+    lookahead: Lookahead
+
+    def prompt_tokens(self, prompt: str | list[dict[str, str]]) -> torch.Tensor:
+        """Token ids of a user's message, or of a list of messages, through the chat template; int64 `[T]`.
+
+        Raises:
+            InputError: the target's tokenizer has no chat template.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tokenizer = self.target.tokenizer
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "the target's tokenizer has no chat template",
+                where=str(self.target.folder),
+                mend="add chat_template.jinja",
+            )
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, device=self.target.device)
+
+    def generate(
+        self,
+        prompt: str | list[dict[str, str]],
+        *,
+        temperature: float = 0.0,
+        max_new_tokens: int = 128,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """Answer losslessly: the output is the target's own.
+
+        Args:
+            prompt: a user's message, or messages with `role` and `content`.
+            temperature: 0 is greedy.
+            max_new_tokens: longest answer.
+            top_k: see `inference.sampling.SamplingSettings`.
+            top_p: likewise.
+            repetition_penalty: likewise.
+            seed: fixes a sampled answer.
+            on_text: called with every new piece of text, for streaming.
+
+        Raises:
+            InputError: no chat template, or the prompt does not fit the context.
+            ValueError: sampling settings out of range.
+        """
+        settings = SamplingSettings(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        stream = _TextStream(self.target, on_text)
+        decoded = decode(
+            self.target,
+            self.drafter,
+            self.prompt_tokens(prompt),
+            request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(self.target)),
+            lookahead=self.lookahead,
+            generator=TorchSource.seeded(seed, device=self.target.device),
+            on_tokens=stream.add if on_text is not None else None,
+        )
+        return Generated(str(self.target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)), decoded)
+
+
+class _TextStream:
+    """Turns growing token ids into pieces of text, holding back characters that are not complete yet."""
+
+    def __init__(self, target: CausalModel, on_text: Callable[[str], None] | None) -> None:
+        self._tokenizer, self._on_text = target.tokenizer, on_text
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, tokens: list[int]) -> None:
+        """Show what the new tokens complete."""
+        self._tokens += tokens
+        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if self._on_text is not None and not text.endswith("\ufffd") and len(text) > self._shown:
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
+
+
+def read_pair(folder: Path) -> dict[str, Any]:
+    """Read and check `pair.json`.
+
+    Raises:
+        InputError: it is missing, malformed, or of a newer schema.
+    """
+    path = folder / PAIR_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            "no pair here", where=str(path), mend="point at a registry version, such as .../champion"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"pair.json is not JSON: {error}", where=str(path), mend="publish the pair again") from None
+    wanted = {"schema_version", "target", "draft", "decoding"}
+    if not isinstance(info, dict) or not wanted <= info.keys():
+        raise InputError("pair.json lacks keys of a pair", where=str(path), mend="publish the pair again")
+    if info["schema_version"] != SCHEMA_VERSION:
+        raise InputError(
+            f"pair.json has schema {info['schema_version']}, this code reads {SCHEMA_VERSION}",
+            where=str(path),
+            mend="use a matching version of dspark",
+        )
+    return info
+
+
+def load_pair(
+    folder: str | Path, *, target: str | None = None, device: str = "auto", cache: Path = DEFAULT_CACHE
+) -> Pair:
+    """Load a published pair from its files alone.
+
+    Args:
+        folder: a version folder, or an alias such as `champion`.
+        target: where the target is here, when it is not where the pair was made: a folder or an id.
+        device: see `inference.target.TargetConfig`.
+        cache: where converted models are kept.
+
+    Raises:
+        InputError: the folder holds no pair, or the target is not the one the pair was made for.
+    """
+    folder = Path(folder)
+    info = read_pair(folder)
+    reference = info["target"]
+    config = TargetConfig(path=target or reference["path"], revision=reference["revision"], device=device)
+    target_folder = config.folder(Path(cache).expanduser())
+    digest = target_digest(target_folder)
+    if digest != reference["digest"]:
+        raise InputError(
+            f"this target has digest {digest[:12]}, the pair was made for {reference['digest'][:12]}",
+            where=str(target_folder),
+            mend="use the target of the pair, or build a new pair",
+        )
+    decoding = info["decoding"]
+    torch_device = config.torch_device()
+    precision = decoding["precision"]
+    if precision not in available_precisions(torch_device):
+        precision = available_precisions(torch_device)[0]
+    model = load_causal_model(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
+    drafter = load_drafter(LoadContext(folder / "draft", target_folder, model, precision, torch_device))
+    return Pair(info, model, drafter, load_lookahead(decoding["lookahead"]))
+
+
+def load_lookahead(settings: dict[str, Any]) -> Lookahead:
+    """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed."""
+    if settings["tokens"] == 0:
+        return FixedLookahead(0)
+    module = plugin("inference.lookahead", settings["kind"])
+    lookahead: Lookahead = module.Config(**settings).build(settings["tokens"])
+    return lookahead

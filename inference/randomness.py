@@ -1,0 +1,42 @@
+"""The two random decisions of speculative decoding, behind one small interface.
+
+The decoder draws nothing else. `TorchSource` draws for real; a test can put an enumerator in its place that walks
+every outcome with its exact probability, which is how the output law is checked to 1e-12 on the decoder's own code.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Source(Protocol):
+    """Where random decisions come from."""
+
+    def categorical(self, probs: torch.Tensor) -> torch.Tensor:
+        """Draw an index from `probs` of shape `[V]`; returns an int64 tensor of shape `[]`."""
+        ...
+
+    def accepted_prefix(self, ratios: torch.Tensor) -> int:
+        """Number of leading successes of independent trials with the given chances, shape `[l]`, each in [0, 1]."""
+        ...
+
+
+class TorchSource:
+    """Draws from a `torch.Generator`, so one seed fixes a whole request."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    @classmethod
+    def seeded(cls, seed: int, *, device: torch.device | str = "cpu") -> "TorchSource":
+        """A source of its own for one request."""
+        return cls(torch.Generator(device=device).manual_seed(seed))
+
+    def categorical(self, probs: torch.Tensor) -> torch.Tensor:
+        """See `Source.categorical`."""
+        return torch.multinomial(probs, 1, generator=self.generator)[0]
+
+    def accepted_prefix(self, ratios: torch.Tensor) -> int:
+        """See `Source.accepted_prefix`."""
+        draws = torch.rand(ratios.shape, dtype=ratios.dtype, device=ratios.device, generator=self.generator)
+        return int((draws < ratios).long().cumprod(0).sum())

@@ -1,0 +1,120 @@
+"""From logits to the distribution that is sampled: one code path for target and draft alike.
+
+Order: repetition penalty, temperature, top-k, top-p, softmax. Losslessness needs `p` and `q` to be what was really
+sampled from, so the caller samples from, and scores with, the one tensor returned here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How a token is drawn from logits.
+
+    Attributes:
+        temperature: 0 is greedy decoding; above 0 divides the logits.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this share; 1 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 is off
+            (Keskar et al. 2019, section 4.1).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < 100.0:
+            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; use 0 to keep every token or a positive count")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; use a share in (0, 1], where 1 keeps every token")
+        if self.repetition_penalty <= 0.0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; use 1 for none or a positive number")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether decoding takes the most probable token."""
+        return self.temperature == 0.0
+
+
+@dataclass(kw_only=True)
+class DecodeConfig:
+    """What a request asks for, apart from its temperature, which the score sets itself.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        top_k: see `SamplingSettings`.
+        top_p: see `SamplingSettings`.
+        repetition_penalty: see `SamplingSettings`.
+    """
+
+    max_new_tokens: int = 128
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
+        self.settings(0.0)
+
+    def settings(self, temperature: float) -> SamplingSettings:
+        """Sampling settings at one temperature."""
+        return SamplingSettings(
+            temperature=temperature, top_k=self.top_k, top_p=self.top_p, repetition_penalty=self.repetition_penalty
+        )
+
+
+def process_logits(
+    logits: torch.Tensor, *, context: torch.Tensor, block: torch.Tensor, settings: SamplingSettings
+) -> torch.Tensor:
+    """Apply repetition penalty, temperature, top-k and top-p.
+
+    Args:
+        logits: `[rows, V]`; row i predicts the token after `context` and the first i tokens of `block`.
+        context: int64 `[T]`, tokens before the block, the anchor included.
+        block: int64 `[rows - 1]` or longer, the proposed tokens.
+        settings: how to process; with temperature 0 only the repetition penalty changes anything that matters.
+
+    Returns:
+        `[rows, V]` in fp32 (fp64 stays fp64); removed tokens are -inf. May share memory with nothing of the caller's.
+    """
+    rows = logits.shape[0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if settings.repetition_penalty != 1.0:
+        seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        seen[:, context] = True
+        for position in range(1, rows):
+            seen[position:, block[position - 1]] = True
+        penalised = torch.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if settings.greedy:
+        return logits
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        kept = logits.topk(settings.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept.indices, kept.values)
+    if settings.top_p < 1.0:
+        logits = _keep_nucleus(logits, settings.top_p)
+    return logits
+
+
+def token_probs(
+    logits: torch.Tensor, *, context: torch.Tensor, block: torch.Tensor, settings: SamplingSettings
+) -> torch.Tensor:
+    """Distributions `[rows, V]` after all processing, each row summing to 1; see `process_logits` for arguments."""
+    return torch.softmax(process_logits(logits, context=context, block=block, settings=settings), dim=-1)
+
+
+def _keep_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep, per row, the most probable tokens until their mass reaches `top_p`; the first token always stays."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probs = torch.softmax(ordered, dim=-1)
+    drop_ordered = probs.cumsum(dim=-1) - probs >= top_p
+    drop = torch.zeros_like(drop_ordered).scatter_(-1, order, drop_ordered)
+    return logits.masked_fill(drop, -torch.inf)

@@ -1,0 +1,224 @@
+"""Arms on the same prompts in one run: decode a prompt under every arm, in shuffled order, and keep the records.
+
+Also chooses block lengths, on other prompts than are scored. Writes nothing.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from inference.decoder import Decoded, Request, decode
+from inference.drafters import Drafter
+from inference.lookahead import Lookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel
+from inference.randomness import TorchSource
+from inference.records import Mismatch, Record, record_of
+from inference.sampling import SamplingSettings
+from inference.statistics import BASELINE
+
+# A greedy mismatch counts as rounding when the top two logits are this close, in the units of the logits.
+NEAR_TIE = {"bf16": 0.5, "fp16": 0.1, "fp16_packed": 0.05, "fp32": 0.01, "fp32_packed": 0.01}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to decode.
+
+    Attributes:
+        name: of the draft.
+        target: the model that verifies, in this arm's arithmetic.
+        drafter: proposes.
+        lookahead: how much it proposes.
+    """
+
+    name: str
+    target: CausalModel
+    drafter: Drafter
+    lookahead: Lookahead
+
+
+@dataclass(frozen=True)
+class ScorePrompt:
+    """A held-out prompt in tokens.
+
+    Attributes:
+        id: of the prompt.
+        domain: of the prompt.
+        tokens: int64 `[T]`.
+    """
+
+    id: str
+    domain: str
+    tokens: torch.Tensor
+
+
+def request_seed(seed: int, *parts: object) -> int:
+    """A seed of its own for one request: the same for the same parts, whatever ran before."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def score_prompt(
+    arms: list[Arm],
+    prompt: ScorePrompt,
+    *,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+) -> list[Record]:
+    """Decode one prompt under every arm, in an order shuffled by the seed.
+
+    At temperature 0 every arm's tokens are compared with the baseline's, and a difference is explained.
+
+    Args:
+        arms: the baseline `none` among them.
+        prompt: what is asked.
+        settings: sampling.
+        max_new_tokens: longest answer.
+        stop_tokens: end an answer.
+        seed: of the run.
+    """
+    order = list(range(len(arms)))
+    random.Random(request_seed(seed, prompt.id, settings.temperature, "order")).shuffle(order)
+    request = Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+    decoded: dict[str, Decoded] = {}
+    for index in order:
+        arm = arms[index]
+        decoded[arm.name] = decode(
+            arm.target,
+            arm.drafter,
+            prompt.tokens,
+            request=request,
+            lookahead=arm.lookahead,
+            generator=TorchSource.seeded(
+                request_seed(seed, prompt.id, settings.temperature, arm.name), device=arm.target.device
+            ),
+        )
+    reference = decoded[BASELINE].tokens
+    return [
+        record_of(
+            decoded[arm.name],
+            prompt_id=prompt.id,
+            domain=prompt.domain,
+            temperature=settings.temperature,
+            arm=arm.name,
+            order=order.index(index),
+            prompt_tokens=prompt.tokens.shape[0],
+            draft_bytes=arm.drafter.nbytes(),
+            target_bytes=arm.target.nbytes(),
+            mismatch=explain_mismatch(arm.target, prompt.tokens, decoded[arm.name].tokens, reference)
+            if settings.greedy
+            else None,
+        )
+        for index, arm in enumerate(arms)
+    ]
+
+
+def explain_mismatch(
+    target: CausalModel, prompt: torch.Tensor, tokens: list[int], reference: list[int]
+) -> Mismatch | None:
+    """Where greedy tokens leave the reference, and whether rounding explains it; None when they are the same.
+
+    A repetition penalty is not applied to the margin.
+    """
+    if tokens == reference:
+        return None
+    position = next(
+        (i for i, (a, b) in enumerate(zip(tokens, reference, strict=False)) if a != b), min(len(tokens), len(reference))
+    )
+    prefix = torch.cat([prompt, prompt.new_tensor(reference[:position])])
+    top = target.logits(prefix, target.new_cache(), num_rows=1)[0].float().topk(2)
+    margin = float(top.values[0] - top.values[1])
+    pair = {*tokens[position : position + 1], *reference[position : position + 1]}
+    near_tie = pair == set(top.indices.tolist()) and margin <= NEAR_TIE[target.precision]
+    return Mismatch(position=position, margin=margin, near_tie=near_tie)
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """The block length chosen for one draft.
+
+    Attributes:
+        tokens: proposed tokens a round.
+        conditional: acceptance by position seen on the validation prompts, smoothed.
+        draft_seconds: seconds to propose one token.
+        expected: expected speedup by block length, from 1.
+    """
+
+    tokens: int
+    conditional: list[float]
+    draft_seconds: float
+    expected: list[float]
+
+
+def choose_block(
+    arm: Arm,
+    prompts: list[ScorePrompt],
+    *,
+    longest: int,
+    settings: list[SamplingSettings],
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    pass_seconds: Callable[[int], float],
+    seed: int,
+) -> BlockChoice:
+    """Decode validation prompts with the longest block and take the length with the best expected tokens per second.
+
+    For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is l * t_draft +
+    t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one pseudo-count.
+
+    Args:
+        arm: its lookahead is not used.
+        prompts: validation prompts, never held-out ones.
+        longest: longest block considered.
+        settings: decoded under each of these.
+        max_new_tokens: per request.
+        stop_tokens: end an answer.
+        pass_seconds: seconds of a target pass of a given width.
+        seed: of the run.
+    """
+    accepted, proposed, drafted, draft_seconds = [0.0] * longest, [0.0] * longest, 0, 0.0
+    for prompt in prompts:
+        for setting in settings:
+            request = Request(settings=setting, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+            source = TorchSource.seeded(
+                request_seed(seed, prompt.id, setting.temperature, arm.name, "block"), device=arm.target.device
+            )
+            result = decode(
+                arm.target,
+                arm.drafter,
+                prompt.tokens,
+                request=request,
+                lookahead=FixedLookahead(longest),
+                generator=source,
+            )
+            draft_seconds += result.seconds["draft"]
+            drafted += sum(length * rounds for length, rounds in result.blocks.items())
+            for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
+                accepted[k] += a
+                proposed[k] += p
+    return best_block(accepted, proposed, draft_seconds / max(drafted, 1), pass_seconds=pass_seconds)
+
+
+def best_block(
+    accepted: list[float], proposed: list[float], draft_seconds: float, *, pass_seconds: Callable[[int], float]
+) -> BlockChoice:
+    """The arithmetic of `choose_block`, from counts by position and seconds per proposed token."""
+    conditional: list[float] = []
+    neighbour = 0.5
+    for a, p in zip(accepted, proposed, strict=True):
+        neighbour = (a + neighbour) / (p + 1.0)
+        conditional.append(neighbour)
+    expected: list[float] = []
+    survival, tokens = 1.0, 1.0
+    for length, chance in enumerate(conditional, start=1):
+        survival *= chance
+        tokens += survival
+        expected.append(tokens * pass_seconds(1) / (length * draft_seconds + pass_seconds(1 + length)))
+    best = max(range(len(expected)), key=lambda i: expected[i])
+    return BlockChoice(best + 1, conditional, draft_seconds, expected)

@@ -1,0 +1,126 @@
+"""Which target: the embedded one, a folder, or any Hugging Face id; one code path after its folder is known."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inference.embedded import embedded_target
+from inference.errors import InputError
+from inference.model import CausalModel, check_model_folder, load_causal_model
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """The model whose output must not change.
+
+    Attributes:
+        path: `embedded`, a folder, or a Hugging Face model id.
+        revision: branch, tag or commit of a Hugging Face id; empty for its default.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; auto takes the GPU when there is one.
+        precision: `auto` for the device profile's choice, or one of `inference.precision.PRECISIONS`.
+        attention: transformers' attention implementation.
+    """
+
+    path: str = EMBEDDED
+    revision: str = ""
+    device: str = "auto"
+    precision: str = "auto"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("target.path is empty; use `embedded`, a model folder or a Hugging Face id")
+
+    def torch_device(self) -> torch.device:
+        """The device asked for.
+
+        Raises:
+            InputError: it does not exist here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise InputError(
+                f"no device {self.device!r}", where="target.device", mend="use auto, cpu or cuda"
+            ) from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("no GPU that torch can use", where="target.device", mend="use target.device=cpu")
+        return device
+
+    def folder(self, cache: Path) -> Path:
+        """Folder with the target's files, fetched or converted when needed, and checked.
+
+        Raises:
+            InputError: it cannot be had or is no whole model.
+        """
+        if self.path == EMBEDDED:
+            folder = embedded_target(cache)
+        elif Path(self.path).is_dir():
+            folder = Path(self.path)
+        else:
+            folder = _fetched(self.path, self.revision)
+        check_model_folder(folder)
+        return folder
+
+    def load(self, cache: Path, *, precision: str) -> CausalModel:
+        """The target in one arithmetic."""
+        return load_causal_model(
+            self.folder(cache), precision=precision, device=self.torch_device(), attention=self.attention
+        )
+
+
+def target_digest(folder: Path) -> str:
+    """sha256 over names and contents of everything that decides a model's output: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}:
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 22):
+                    digest.update(piece)
+    return digest.hexdigest()
+
+
+def stop_tokens(model: CausalModel) -> frozenset[int]:
+    """Tokens that end a response: those of the generation configuration and the tokenizer's end token."""
+    found = {model.tokenizer.eos_token_id}
+    configured = model.model.generation_config.eos_token_id
+    found.update(configured if isinstance(configured, list) else [configured])
+    return frozenset(int(t) for t in found if t is not None)
+
+
+def _fetched(path: str, revision: str) -> Path:
+    """Folder of a Hugging Face id in the hub's own cache; nothing is executed from it."""
+    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_like_path:
+        raise InputError("no such model folder", where=path, mend="check target.path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError("neither a folder nor a model id", where=path, mend="check target.path") from None
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"no such folder, and the hub did not give it: {reason}", where=path, mend="check target.path"
+        ) from None
+
+
+def config_shape(folder: Path) -> dict[str, object]:
+    """The configuration of a model folder without names and versions: what decides how long a pass takes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ignored = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+    return {key: value for key, value in sorted(config.items()) if key not in ignored}

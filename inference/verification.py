@@ -1,0 +1,96 @@
+"""Accept, reject, resample: the pure functions that make speculation lossless.
+
+Sources: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, theorem 1. `target_probs` and `draft_probs` are the
+distributions after temperature, top-k, top-p and penalties. `draft_probs=None` means that every proposed token was
+certain under the draft (a point mass), as with n-gram look-up, without spelling out a `V`-wide one-hot row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from inference.randomness import Source
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one target pass decided.
+
+    Attributes:
+        num_accepted: leading proposed tokens that stand.
+        next_token: int64 `[]`, the token the target adds after them: resampled on a rejection, else the bonus token.
+    """
+
+    num_accepted: int
+    next_token: torch.Tensor
+
+
+def verify_greedy(draft_tokens: torch.Tensor, target_logits: torch.Tensor) -> Verdict:
+    """Keep proposed tokens while they equal the target's own choice, then add the target's choice.
+
+    Args:
+        draft_tokens: int64 `[l]`.
+        target_logits: `[l + 1, V]`, processed; row k predicts the token after the first k proposed ones.
+    """
+    choices = target_logits.argmax(dim=-1)
+    agreed = (draft_tokens == choices[:-1]).long().cumprod(0)
+    num_accepted = int(agreed.sum())
+    return Verdict(num_accepted, choices[num_accepted])
+
+
+def verify_sampled(
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_probs: torch.Tensor, *, generator: Source
+) -> Verdict:
+    """Accept token k with chance `min(1, p_k(x_k) / q_k(x_k))`; on the first rejection draw from the residual.
+
+    Args:
+        draft_tokens: int64 `[l]`, each sampled from its row of `draft_probs`.
+        draft_probs: `[l, V]`, or None for point masses.
+        target_probs: `[l + 1, V]`.
+        generator: source of the random decisions.
+
+    Returns:
+        The verdict; its output law is the target's own for every draft.
+    """
+    num_proposed = draft_tokens.shape[0]
+    num_accepted = 0
+    if num_proposed:
+        ratios = acceptance_ratios(draft_tokens, draft_probs, target_probs)
+        num_accepted = generator.accepted_prefix(ratios)
+    row = target_probs[num_accepted]
+    if num_accepted < num_proposed:
+        draft_row = None if draft_probs is None else draft_probs[num_accepted]
+        row = residual_probs(row, draft_row, draft_tokens[num_accepted])
+    return Verdict(num_accepted, generator.categorical(row))
+
+
+def acceptance_ratios(
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, target_probs: torch.Tensor
+) -> torch.Tensor:
+    """`min(1, p_k(x_k) / q_k(x_k))` for every proposed token, shape `[l]`."""
+    index = draft_tokens[:, None]
+    target_chance = target_probs[: draft_tokens.shape[0]].gather(1, index)[:, 0]
+    if draft_probs is None:
+        return target_chance
+    return (target_chance / draft_probs.gather(1, index)[:, 0]).clamp(max=1.0)
+
+
+def residual_probs(target_row: torch.Tensor, draft_row: torch.Tensor | None, token: torch.Tensor) -> torch.Tensor:
+    """`normalize(max(p - q, 0))`, the law of the token that replaces a rejected one.
+
+    Args:
+        target_row: `[V]`.
+        draft_row: `[V]`, or None when the draft was certain of `token`.
+        token: int64 `[]`, the rejected token.
+
+    Returns:
+        `[V]`. Where the two laws are equal a rejection has probability zero and the residual vanishes; rounding can
+        still lead here, and then the target's own row is the limit to draw from.
+    """
+    if draft_row is None:
+        residual = target_row.clone()
+        residual[token] = 0.0
+    else:
+        residual = (target_row - draft_row).clamp_(min=0.0)
+    total = residual.sum()
+    return torch.where(total > 0, residual / total.clamp(min=torch.finfo(residual.dtype).tiny), target_row)

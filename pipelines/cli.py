@@ -1,0 +1,271 @@
+"""The command line: `dspark [stage] [Hydra words]`, and `dspark generate` for decoding with a published pair.
+
+    dspark corpus experiment=smoke
+
+It finds the stage, lets Hydra compose the configuration, converts that once, calls `pipelines.run.run` and turns what
+went wrong into one line and an exit code. What the stages do is not known here.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from inference.errors import InputError
+
+DONE, FAILED, BAD_INPUT, BUSY, STOPPED = 0, 1, 2, 4, 130
+"""Exit codes; 3 belongs to re-alignment that kept the champion."""
+
+COMMANDS = {
+    "all": "every stage below, in order (the default)",
+    "corpus": "let the target answer the prompts",
+    "build": "make every candidate draft",
+    "score": "measure acceptance and speed of every candidate",
+    "select": "choose the best pair",
+    "publish": "put the chosen pair into the registry",
+    "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
+}
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+OPTIONAL_VALUE = ("--info", "-i")
+OPTIONS: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("--hydra-help", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")),
+    **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
+    **dict.fromkeys(OPTIONAL_VALUE, INFO),
+    **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"), ()),
+    "--experimental-rerun": (),
+}
+"""Hydra's options: None takes no value, () takes any, names are the values allowed."""
+
+HELP = """dspark: build, measure and publish the draft that makes a language model decode fastest, losslessly
+
+usage: dspark [stage] [group=choice] [key=value] ... [-m]
+       dspark generate --pair FOLDER "prompt" [--temperature T] [--max-new-tokens N]
+
+stages
+{stages}
+
+examples
+  dspark                                              the whole loop on the embedded target
+  dspark experiment=smoke                             every stage once, small: to see that it works
+  dspark target.path=HuggingFaceTB/SmolLM2-360M-Instruct
+  dspark build draft=[lookup,pruned] draft.pruned.layers=6
+  dspark -m build draft=none,lookup,pruned            one run for each
+  dspark --cfg job                                    show the whole configuration
+  dspark score --info defaults-tree                   show where it comes from
+
+groups and their choices (several at once: draft=[a,b])
+{groups}
+
+exit codes: 0 done, 1 failed, 2 bad input, 4 another run holds the registry
+more: --hydra-help, --version
+"""
+
+
+class Ending(NamedTuple):
+    """How a run ends: exit code and the line for the user (None asks for a traceback)."""
+
+    code: int
+    line: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: words after the program's name; None takes them from the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        return _end(Ending(STOPPED, "stopped; run the same command again to go on"))
+    except Exception as error:
+        return _end(ending(error, words=words))
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["generate"]:
+        code: int = importlib.import_module("pipelines.generate").main(words[1:])
+        return code
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(help_text())
+        return DONE
+    if "--version" in words:
+        sys.stdout.write(f"dspark {importlib.import_module('importlib.metadata').version('dspark')}\n")
+        return DONE
+    return _run_hydra(hydra_words(words))
+
+
+def help_text() -> str:
+    """Stages, examples and groups; reads file names only, so that it is there at once."""
+    from pipelines.composition import choices
+
+    stages = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    groups = "\n".join(f"  {group:<10} {', '.join(names)}" for group, names in choices().items() if "/" not in group)
+    return HELP.format(stages=stages, groups=groups)
+
+
+def hydra_words(words: Sequence[str]) -> list[str]:
+    """Turn the stage, the first bare word, into the override `stage=...`; check the options.
+
+    Returns:
+        Overrides, then options: Hydra's own parser takes no override on both sides of an option.
+
+    Raises:
+        InputError: an unknown stage or option, or a bare word that comes later.
+    """
+    overrides: list[str] = []
+    options: list[str] = []
+    takes: tuple[str, ...] | None = None  # values of the option just before, see OPTIONS
+    for word in words:
+        if takes is not None and (word in takes or not takes):
+            options.append(word)
+            takes = None
+            continue
+        if takes is not None and options[-1] not in OPTIONAL_VALUE:
+            raise InputError(f"{options[-1]} takes one of {', '.join(takes)}, got {word!r}")
+        takes = None
+        if word.startswith("="):
+            raise InputError(f"cannot read {word!r}", mend="write key=value, without spaces")
+        if word.startswith("-"):
+            options.append(word)
+            takes = _takes(word)
+        elif "=" in word or word.startswith("~"):
+            overrides.append(word)
+        elif overrides:
+            raise InputError(f"{word!r} is not an override", mend="the stage comes first, then words such as key=value")
+        else:
+            overrides.append(f"stage={_stage(word)}")
+    if takes is not None and options[-1] not in OPTIONAL_VALUE:
+        raise InputError(f"{options[-1]} needs a value", mend=f"one of {', '.join(takes)}" if takes else "")
+    return [*overrides, *options]
+
+
+def _takes(word: str) -> tuple[str, ...] | None:
+    """Values the next word may have when this one is an option; None when the option is complete."""
+    from pipelines.composition import nearest
+
+    option, equals, _ = word.partition("=") if word.startswith("--") else (word, "", "")
+    if option not in OPTIONS:
+        hint = nearest(option, [*OPTIONS, "--help", "--version"]) or "dspark --help shows what there is"
+        raise InputError(f"unknown option {option!r}", mend=hint)
+    if equals and OPTIONS[option] is None:
+        raise InputError(f"{option} takes no value", where=word)
+    return None if equals else OPTIONS[option]
+
+
+def _stage(word: str) -> str:
+    """The stage a bare word names."""
+    from pipelines.composition import nearest
+
+    if word not in COMMANDS or word == "generate":
+        raise InputError(f"unknown stage {word!r}", mend=f"{nearest(word, COMMANDS)} stages are {', '.join(COMMANDS)}")
+    return word
+
+
+def _run_hydra(words: list[str]) -> int:
+    """Compose and run, once or (multirun) many times."""
+    import hydra
+
+    from pipelines.composition import CONF, PRIMARY, VERSION_BASE
+    from pipelines.config import register
+
+    register()
+    entry = hydra.main(version_base=VERSION_BASE, config_path=f"pkg://{CONF}", config_name=PRIMARY)(job)
+    with _command_line(words):
+        try:
+            entry()
+        except SystemExit as end:  # of a job, or of Hydra after --info and its like
+            return end.code if isinstance(end.code, int) else DONE if end.code is None else FAILED
+    return DONE
+
+
+def job(cfg: Any) -> float:
+    """One job of Hydra's: convert the configuration, run the stages, return the objective for a sweeper.
+
+    A single run that ends badly leaves at once with its line and exit code. In a multirun the exception goes back to
+    Hydra, so that sweepers and remote launchers know which job failed.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from pipelines.config import typed
+
+    try:
+        run = typed(cfg)
+        objective: float = importlib.import_module("pipelines.run").run(run, run.stage)
+        return objective
+    except Exception as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        how = ending(error, words=())
+        raise SystemExit(_end(how, error=error)) from error
+
+
+def ending(error: Exception, *, words: Sequence[str]) -> Ending:
+    """Decide exit code and line for an exception.
+
+    Args:
+        error: what ended the run.
+        words: words of the command line, to find the names nearest to a wrong one.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipelines.composition import explain
+    from pipelines.files import write_error
+    from pipelines.locks import RegistryBusy
+    from train.errors import TrainingError
+
+    if isinstance(error, RegistryBusy):
+        return Ending(BUSY, str(error))
+    if isinstance(error, (InputError, TrainingError)):
+        return Ending(BAD_INPUT, str(error))
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return Ending(BAD_INPUT, explain(error, words=[word for word in words if "=" in word]))
+    if isinstance(error, (ValueError, TypeError)) and _raised_in(error).partition(".")[0] in ("hydra", "omegaconf"):
+        return Ending(BAD_INPUT, f"cannot use {' '.join(words) or 'these values'}: {error}")
+    known = write_error(error)
+    return Ending(BAD_INPUT, str(known)) if known else Ending(FAILED, None)
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals["__name__"]) if frames else ""
+
+
+def _end(how: Ending, *, error: Exception | None = None) -> int:
+    """Print the line, or the traceback of what nobody foresaw."""
+    if how.line is None:
+        traceback.print_exception(error) if error else traceback.print_exc()
+    else:
+        line = " ".join(how.line.split())
+        sys.stderr.write(f"dspark: {line}\n")
+    return how.code
+
+
+@contextmanager
+def _command_line(words: Sequence[str]) -> Iterator[None]:
+    """Show Hydra these words, and have it raise what goes wrong instead of printing it and leaving."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+if __name__ == "__main__":
+    sys.exit(main())

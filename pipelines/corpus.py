@@ -1,0 +1,195 @@
+"""Stage 1: the target answers prompts. Held-out prompts are only listed; their answers are made while scoring.
+
+The prompts are fixed first, in one file; every shard after that depends on the prompts, the settings and its own
+number alone, so a killed run goes on after its last shard and ends with the same bytes.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.chat import messages_for, render_prompt
+from distill.corpus import read_shard, shard_written, write_shard
+from distill.prompts import Prompt, SourceContext, rank
+from distill.responses._context import AnswerContext
+from distill.splits import PromptSet, prepare_prompts, prompts_digest
+from inference.errors import InputError
+from inference.generation import generate_batch
+from inference.model import CausalModel, load_tokenizer
+from inference.sampling import SamplingSettings
+from inference.target import stop_tokens
+from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.context import RunContext
+from pipelines.files import write_json, write_text
+from pipelines.progress import tracked
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_FILE = "prompts.jsonl"
+REPORT_FILE = "report.json"
+VALIDATION_SHARE = 0.06
+MAX_PROMPT_TOKENS = 512
+# How a server is reached decides nothing about what it answers.
+_TRANSPORT = {"concurrency", "retries", "timeout_s", "backoff_s"}
+
+
+@dataclass(frozen=True)
+class SplitPrompt:
+    """A prompt and the split it belongs to: `train`, `validation` or `heldout`."""
+
+    prompt: Prompt
+    split: str
+
+
+def corpus_spec(context: RunContext) -> Spec:
+    """What the corpus is made from."""
+    cfg = context.cfg
+    return Spec(
+        "corpus",
+        config={
+            "prompts": cfg.prompts,
+            "corpus": {name: value for name, value in asdict(cfg.corpus).items() if name not in _TRANSPORT},
+            "responses": context.plan.responses,
+            "precision": context.plan.generation_precision,
+        },
+        inputs={"target": context.target_digest},
+        seed=cfg.seed,
+    )
+
+
+def run_corpus(context: RunContext) -> Artifact:
+    """Write the corpus, or find it.
+
+    Raises:
+        InputError: a source or a server fails, no prompt is left, or the disk is full.
+    """
+    return context.store.obtain(corpus_spec(context), make=lambda work: _make(context, work))
+
+
+def read_prompts(folder: Path) -> list[SplitPrompt]:
+    """Prompts of a corpus folder, all splits."""
+    rows = [json.loads(line) for line in (folder / PROMPTS_FILE).read_text(encoding="utf-8").splitlines()]
+    return [
+        SplitPrompt(Prompt(**{**row["prompt"], "turns": tuple(row["prompt"]["turns"])}), row["split"]) for row in rows
+    ]
+
+
+class _LazyTarget:
+    """The target in its generation arithmetic, loaded when first needed."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._model: CausalModel | None = None
+
+    @property
+    def model(self) -> CausalModel:
+        if self._model is None:
+            plan, cfg = self._context.plan, self._context.cfg
+            self._model = cfg.target.load(cfg.paths.cache, precision=plan.generation_precision)
+        return self._model
+
+    def sample(
+        self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
+        """See `SourceContext.sample`."""
+        stops = stop_tokens(self.model)
+        responses = generate_batch(
+            self.model,
+            prompt_ids,
+            settings=SamplingSettings(temperature=temperature),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stops,
+            seed=seed,
+        )
+        return [r.tokens[:-1] if r.stopped else r.tokens for r in responses]
+
+
+def _make(context: RunContext, work: Work) -> None:
+    cfg, target = context.cfg, _LazyTarget(context)
+    tokenizer = load_tokenizer(context.target_folder)
+    if not (work.folder / PROMPTS_FILE).is_file():
+        source_context = SourceContext(tokenizer=tokenizer, seed=cfg.seed, sample=target.sample)
+        prompts = prepare_prompts(cfg.prompts, source_context, validation_share=VALIDATION_SHARE, seed=cfg.seed)
+        _write_prompts(work.folder, prompts, chosen=_choose(prompts, context, tokenizer))
+    chosen = [p for p in read_prompts(work.folder) if p.split != "heldout"]
+    chosen.sort(key=lambda p: (_rendered_length(p.prompt, tokenizer), p.prompt.id))
+    size = cfg.corpus.batch_size
+    shards = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    for index, shard in tracked(list(enumerate(shards)), "corpus", unit="shards"):
+        if shard_written(work.folder, index):
+            continue
+        model = target.model if cfg.corpus.needs_target() else None
+        stops = stop_tokens(target.model) if cfg.corpus.needs_target() else frozenset[int]()
+        samples = cfg.corpus.answer(
+            [p.prompt for p in shard],
+            splits=[p.split for p in shard],
+            context=AnswerContext(tokenizer, stops, model),
+            seed=cfg.seed * 1_000_003 + index * 1_009,
+        )
+        write_shard(work.folder, index, samples)
+    work.metrics.update(_metrics(work.folder, len(shards)))
+
+
+def _choose(prompts: PromptSet, context: RunContext, tokenizer: Any) -> list[SplitPrompt]:
+    """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top."""
+    wanted = context.plan.responses
+    validation = max(len(prompts.by_domain("validation")), round(wanted * VALIDATION_SHARE))
+    chosen: list[SplitPrompt] = []
+    for split, count in (("train", wanted - validation), ("validation", validation)):
+        queues = [
+            sorted(group, key=lambda p: rank(p.id, seed=context.cfg.seed))
+            for group in prompts.by_domain(split).values()
+        ]
+        kept = 0
+        while kept < count and any(queues):
+            for queue in queues:
+                while queue and _rendered_length(queue[0], tokenizer) > MAX_PROMPT_TOKENS:
+                    queue.pop(0)
+                if queue and kept < count:
+                    chosen.append(SplitPrompt(queue.pop(0), split))
+                    kept += 1
+    if not any(p.split == "train" for p in chosen):
+        raise InputError(
+            f"no training prompt within {MAX_PROMPT_TOKENS} tokens among {wanted} wanted",
+            where="prompts",
+            mend="add sources or raise budget.responses",
+        )
+    return chosen
+
+
+def _rendered_length(prompt: Prompt, tokenizer: Any) -> int:
+    return len(render_prompt(tokenizer, messages_for(prompt.turns, system=prompt.system)))
+
+
+def _write_prompts(folder: Path, prompts: PromptSet, *, chosen: list[SplitPrompt]) -> None:
+    """Fix the prompts of all splits in one file, and beside it how they came about."""
+    rows = [*chosen, *(SplitPrompt(p, "heldout") for p in prompts.heldout)]
+    write_json(
+        folder / REPORT_FILE,
+        {
+            "available": prompts.counts,
+            "digests": {
+                s: prompts_digest([r.prompt for r in rows if r.split == s]) for s in ("train", "validation", "heldout")
+            },
+            "contamination": asdict(prompts.report),
+        },
+    )
+    lines = [json.dumps({"split": row.split, "prompt": asdict(row.prompt)}, sort_keys=True) for row in rows]
+    write_text(folder / PROMPTS_FILE, "\n".join(lines) + "\n")
+
+
+def _metrics(folder: Path, num_shards: int) -> dict[str, Any]:
+    """Counts for the manifest and the summary."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    supervised = total = 0
+    for index in range(num_shards):
+        for sample in read_shard(folder, index):
+            cell = counts.setdefault(sample.split, {}).setdefault(sample.domain, {"samples": 0, "response_tokens": 0})
+            response = int(sample.mask.sum())
+            cell["samples"] += 1
+            cell["response_tokens"] += response
+            supervised += response
+            total += sample.tokens.shape[0]
+    return {"splits": counts, "response_tokens": supervised, "tokens": total}

@@ -1,0 +1,150 @@
+"""The time plan: how many responses and training steps fit the budget on this machine, fixed before anything is run.
+
+An artifact of its own, so that a rerun repeats the plan instead of measuring anew. Estimates come from the device
+profile; explicit numbers in the configuration replace them. The number of scored prompts follows later from the speed
+of the arms on validation prompts, and is then fixed in the score.
+"""
+
+import dataclasses
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distill.responses.local import Config as LocalResponses
+from inference.device_profile import DeviceProfile, device_profile, profile_from_json
+from inference.errors import InputError
+from inference.target import config_shape
+from pipelines.artifacts import Artifact, Spec, Store, Work
+from pipelines.config import RunConfig
+from pipelines.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "plan.json"
+
+# Time beside the products that the profile measures: attention, padding, sampling, Python. From runs on two CPUs.
+_GENERATION_OVERHEAD = 1.5
+_TRAINING_OVERHEAD = 1.4
+_MEAN_PROMPT_TOKENS = 110
+_MEAN_RESPONSE_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this machine will do within the budget.
+
+    Attributes:
+        device: it was made on.
+        responses: conversations in the corpus.
+        steps: optimizer steps by trained draft.
+        baseline_precision: of target-only decoding.
+        block_precision: of verifying blocks, and of draft models.
+        generation_precision: of batched generation.
+        train_precision: of training.
+        profile: the measurements behind it.
+    """
+
+    device: str
+    responses: int
+    steps: dict[str, int]
+    baseline_precision: str
+    block_precision: str
+    generation_precision: str
+    train_precision: str
+    profile: DeviceProfile
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        steps = ", ".join(f"{name} {count}" for name, count in self.steps.items()) or "no draft is trained"
+        return [
+            f"device      {self.device}",
+            f"precision   target-only {self.baseline_precision}, blocks {self.block_precision}, "
+            f"generation {self.generation_precision}, training {self.train_precision}",
+            f"corpus      {self.responses} responses",
+            f"training    steps: {steps}",
+        ]
+
+
+def make_plan(cfg: RunConfig, store: Store, *, target_digest: str) -> tuple[Plan, Artifact]:
+    """The plan of this configuration on this machine, measured and fixed on first use."""
+    profile = device_profile(cfg.target, cfg.paths.cache)
+    spec = Spec(
+        "plan",
+        config={
+            "budget": cfg.budget,
+            "precision": cfg.target.precision,
+            "trainer": {"steps": cfg.trainer.steps, "precision": cfg.trainer.precision},
+            "corpus": cfg.corpus,
+            "draft": {name: draft for name, draft in cfg.draft.items() if draft.trained},
+            "device": profile.device,
+            "versions": profile.versions,
+        },
+        inputs={"target": target_digest},
+    )
+
+    def make(work: Work) -> None:
+        write_json(work.folder / PLAN_FILE, asdict(_plan(cfg, profile)))
+
+    artifact = store.obtain(spec, make=make)
+    return read_plan(artifact), artifact
+
+
+def read_plan(artifact: Artifact) -> Plan:
+    """Read a plan artifact."""
+    data: dict[str, Any] = read_json(artifact.path / PLAN_FILE)
+    return Plan(**{**data, "profile": profile_from_json(data["profile"])})
+
+
+def _plan(cfg: RunConfig, profile: DeviceProfile) -> Plan:
+    """Turn minutes into counts."""
+    fixed = cfg.target.precision
+    if fixed != "auto" and fixed not in profile.passes:
+        raise InputError(
+            f"{fixed} is not on offer on this device",
+            where="target.precision",
+            mend=f"use auto or one of {', '.join(profile.passes)}",
+        )
+    train_precision = cfg.trainer.precision if cfg.trainer.precision != "auto" else profile.train_precision
+    trained = {name: draft for name, draft in cfg.draft.items() if draft.trained}
+    return Plan(
+        device=profile.device,
+        responses=cfg.budget.responses or _responses(cfg, profile),
+        steps={name: _steps(cfg, profile, name, train_precision, len(trained)) for name in trained},
+        baseline_precision=profile.baseline_precision if fixed == "auto" else fixed,
+        block_precision=profile.block_precision if fixed == "auto" else fixed,
+        generation_precision=profile.generation_precision if fixed == "auto" else fixed,
+        train_precision=train_precision,
+        profile=profile,
+    )
+
+
+def _responses(cfg: RunConfig, profile: DeviceProfile) -> int:
+    """Whole batches of responses that fit; a server's speed is unknown, so it gets a fixed number."""
+    if not isinstance(cfg.corpus, LocalResponses):
+        raise InputError(
+            "the speed of a server is not known here", where="budget.responses", mend="set budget.responses=N"
+        )
+    batch = cfg.corpus.batch_size
+    step_seconds = profile.pass_seconds(profile.generation_precision, batch) * _GENERATION_OVERHEAD
+    batches = int(cfg.budget.corpus_minutes * 60 / (step_seconds * cfg.corpus.max_new_tokens))
+    return max(1, batches) * batch
+
+
+def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, num_trained: int) -> int:
+    """Optimizer steps of one draft that fit its share of the training time."""
+    if cfg.trainer.steps:
+        return cfg.trainer.steps
+    draft = cfg.draft[name]
+    num_target_layers = int(str(config_shape(cfg.target.folder(cfg.paths.cache)).get("num_hidden_layers", 1)))
+    response = cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
+    tokens = min(draft.max_tokens, _MEAN_PROMPT_TOKENS + response) * draft.sequences_per_step * cfg.trainer.accumulation
+    supervised = response * draft.sequences_per_step * cfg.trainer.accumulation
+    cost = profile.train[precision]
+    step_seconds = cost["layer"] * draft.num_layers(num_target_layers) * tokens + cost["head"] * supervised
+    seconds = cfg.budget.training_minutes * 60 / num_trained
+    return max(10, int(seconds / (step_seconds * _TRAINING_OVERHEAD)))
+
+
+def resolved_trainer(cfg: RunConfig, plan: Plan, name: str) -> Any:
+    """The trainer's settings with the plan's steps and precision in place of zero and auto."""
+    return dataclasses.replace(cfg.trainer, steps=plan.steps[name], precision=plan.train_precision, seed=cfg.seed)

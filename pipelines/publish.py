@@ -1,0 +1,244 @@
+"""Stage 5: put the chosen pair into the registry, after a fresh process has decoded with nothing but its files."""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inference.pair import PAIR_FILE, SCHEMA_VERSION, read_pair
+from inference.statistics import BASELINE, Scorecard, find_card
+from pipelines import provenance
+from pipelines.artifacts import Artifact
+from pipelines.build import DRAFT_FOLDER
+from pipelines.context import RunContext
+from pipelines.corpus import read_prompts
+from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
+from pipelines.registry import CHAMPION, alias_target, move_alias, next_version, versions
+from pipelines.report import markdown_table, scorecard_rows
+from pipelines.score import (
+    PLOT_FILE,
+    RECORDS_FILE,
+    SCORECARD_FILE,
+    TABLE_FILE,
+    read_records,
+    read_scorecards,
+)
+from pipelines.select import Decision, read_decision
+from pipelines.verify import CHECKS_FILE, Check
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "MODEL_CARD.md"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class PublishError(RuntimeError):
+    """The pair did not decode from its own files as it did while it was scored; nothing was published."""
+
+
+@dataclass(kw_only=True)
+class PublishConfig:
+    """How the pair is published.
+
+    Attributes:
+        name: of the pair in the registry.
+        check_prompts: prompts decoded again by a fresh process from the published files, at every temperature scored;
+            their tokens must be the scored ones.
+    """
+
+    name: str = "smollm2-135m"
+    check_prompts: int = 2
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or re.fullmatch(r"v\d+", self.name):
+            raise ValueError(f"publish.name is {self.name!r}; use letters, digits, dots, dashes, not a version name")
+        if self.check_prompts < 1:
+            raise ValueError(f"publish.check_prompts is {self.check_prompts}; check at least 1 prompt")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The artifacts a pair comes from."""
+
+    corpus: Artifact
+    draft: Artifact
+    score: Artifact
+    select: Artifact
+
+
+def run_publish(
+    context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], score: Artifact, select: Artifact
+) -> Path:
+    """Publish the decision's pair and make it champion, or find it published already; returns the version folder.
+
+    The caller holds the registry lock.
+
+    Raises:
+        InputError: the registry cannot be written.
+        PublishError: the fresh process decoded other tokens.
+    """
+    cfg = context.cfg
+    decision = read_decision(select)
+    lineage = Lineage(corpus, drafts[decision.winner], score, select)
+    root = cfg.paths.registry
+    version = _published(root, cfg.publish.name, select.digest)
+    if version is None:
+        version = _publish(context, decision, lineage)
+    else:
+        logger.info("publish: unchanged, skipped (%s)", version)
+    if alias_target(root, cfg.publish.name, CHAMPION) != version.name:
+        move_alias(root, cfg.publish.name, CHAMPION, version.name, reason=decision.reason)
+    return version
+
+
+def _published(root: Path, name: str, select_digest: str) -> Path | None:
+    """A version that was published from the same decision."""
+    return next((v for v in versions(root, name) if read_pair(v)["lineage"]["select"] == select_digest), None)
+
+
+def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
+    """Write the version aside, let a fresh process decode with it, then give it its name."""
+    root, name = context.cfg.paths.registry, context.cfg.publish.name
+    version = next_version(root, name)
+    folder = root / name / version
+    aside = root / name / f".partial-{version}"
+    with writing(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        shutil.copytree(lineage.draft.path / DRAFT_FOLDER, aside / "draft")
+        for file in (SCORECARD_FILE, TABLE_FILE, PLOT_FILE, RECORDS_FILE):
+            shutil.copyfile(lineage.score.path / file, aside / file)
+        cards = read_scorecards(lineage.score.path)
+        write_json(aside / CHECKS_FILE, [asdict(check) for check in _checks(context, decision, lineage)])
+        write_json(aside / PAIR_FILE, _pair_info(context, decision, lineage, cards, version, aside))
+        write_text(aside / CARD_FILE, _model_card(context, decision, cards, version))
+        fsync_tree(aside)
+        _verify_in_fresh_process(aside, context)
+        os.rename(aside, folder)
+        fsync_path(folder.parent)
+    logger.info("published %s: %s", folder, decision.reason)
+    return folder
+
+
+def _verify_in_fresh_process(folder: Path, context: RunContext) -> None:
+    """Load the files as a stranger would and decode; the tokens must be those of the score."""
+    command = [sys.executable, "-m", "pipelines.verify", str(folder), "--cache", str(context.cfg.paths.cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        raise PublishError(f"the pair did not reload from its files [{folder}]: {lines[-1]}")
+
+
+def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[Check]:
+    """Scored requests to repeat: the winner's first ones, one per domain before a second of any."""
+    cfg = context.cfg
+    records = [r for r in read_records(lineage.score.path / RECORDS_FILE) if r.arm == decision.winner]
+    chosen = list(dict.fromkeys(r.prompt_id for r in records))[: cfg.publish.check_prompts]
+    prompts = {row.prompt.id: row.prompt for row in read_prompts(lineage.corpus.path)}
+    return [
+        Check(
+            prompt_id=r.prompt_id,
+            system=prompts[r.prompt_id].system,
+            user=prompts[r.prompt_id].turns[0],
+            temperature=r.temperature,
+            arm=r.arm,
+            seed=cfg.seed,
+            max_new_tokens=cfg.decode.max_new_tokens,
+            top_k=cfg.decode.top_k,
+            top_p=cfg.decode.top_p,
+            repetition_penalty=cfg.decode.repetition_penalty,
+            digest=r.digest,
+        )
+        for r in records
+        if r.prompt_id in chosen
+    ]
+
+
+def _pair_info(
+    context: RunContext, decision: Decision, lineage: Lineage, cards: list[Scorecard], version: str, folder: Path
+) -> dict[str, Any]:
+    """What `pair.json` says."""
+    cfg, plan = context.cfg, context.plan
+    data = read_json(lineage.score.path / SCORECARD_FILE)
+    winner = decision.winner
+    target_path = cfg.target.path if not Path(cfg.target.path).is_dir() else str(Path(cfg.target.path).resolve())
+    lookahead = {**plain(asdict(cfg.lookahead)), "tokens": data["blocks"].get(winner, 0)}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": cfg.publish.name,
+        "version": version,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "target": {
+            "path": target_path,
+            "revision": cfg.target.revision,
+            "digest": context.target_digest,
+            "attention": cfg.target.attention,
+        },
+        "draft": {
+            "name": winner,
+            "kind": cfg.draft[winner].kind,
+            "files": {p.name: sha256_file(p) for p in sorted((folder / "draft").iterdir())},
+        },
+        "decoding": {
+            "precision": plan.baseline_precision if winner == BASELINE else plan.block_precision,
+            "lookahead": lookahead,
+        },
+        "decision": asdict(decision),
+        "scorecard": [card.to_dict() for card in cards if card.arm == winner],
+        "cost_profile": {"device": plan.device, "passes": plan.profile.passes, "spread": plan.profile.spread},
+        "lineage": {
+            "corpus": lineage.corpus.digest,
+            "draft": lineage.draft.digest,
+            "score": lineage.score.digest,
+            "select": lineage.select.digest,
+            "plan": context.plan_artifact.digest,
+            **provenance.collect(),
+        },
+    }
+
+
+def _model_card(context: RunContext, decision: Decision, cards: list[Scorecard], version: str) -> str:
+    """A page for people."""
+    cfg = context.cfg
+    winner = find_card(cards, decision.winner)
+    header, rows = scorecard_rows([c for c in cards if c.arm == decision.winner])
+    table = markdown_table(header, rows)
+    candidates = markdown_table(
+        ["draft", "speedup", "tau", "may win"],
+        [
+            [c.arm, f"{c.speedup:.2f} [{c.low:.2f}, {c.high:.2f}]", f"{c.tau:.2f}", c.refused or "yes"]
+            for c in decision.candidates
+        ],
+    )
+    return (
+        f"# {cfg.publish.name} {version}: {decision.winner} draft for {cfg.target.path}\n\n"
+        f"Chosen because: {decision.reason}. Decoding is lossless: the output is the target's own.\n\n"
+        f"Measured on {context.plan.device}; tau counts the bonus token; intervals are 95 % bootstraps over "
+        f"{winner.prompts} requests.\n\n{table}\n## All candidates\n\n{candidates}\n"
+        "## Use\n\n```python\nfrom inference.pair import load_pair\n"
+        f'pair = load_pair("{cfg.paths.registry / cfg.publish.name / version}")\n'
+        'print(pair.generate("Why is the sky blue?").text)\n```\n\n'
+        f'`dspark generate --pair {cfg.paths.registry / cfg.publish.name / version} "Why is the sky blue?"`\n\n'
+        "The draft learned from responses of the target itself; held-out prompts share no ten-word run with its "
+        "training prompts. Every figure can be recomputed from `records.jsonl`.\n"
+    )
+
+
+def summary(decision: Decision) -> list[list[str]]:
+    """Rows of the last table a run prints."""
+    return [
+        [
+            c.arm,
+            f"{c.speedup:.2f} [{c.low:.2f}, {c.high:.2f}]",
+            f"{c.tau:.2f}",
+            f"{c.draft_bytes / 2**20:.0f}",
+            "winner" if c.arm == decision.winner else c.refused or "slower",
+        ]
+        for c in decision.candidates
+    ]

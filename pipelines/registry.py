@@ -1,0 +1,65 @@
+"""Published pairs on disk: immutable versions, aliases that move in one step, and a log of every move."""
+
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+from inference.errors import InputError
+from pipelines.files import fsync_path, writing
+
+CHAMPION = "champion"
+EVENTS_FILE = "events.jsonl"
+_VERSION = re.compile(r"v(\d+)")
+
+
+def versions(root: Path, name: str) -> list[Path]:
+    """Version folders of a pair, oldest first; aliases and unfinished folders are none."""
+    folder = root / name
+    found = (
+        [p for p in folder.iterdir() if _VERSION.fullmatch(p.name) and not p.is_symlink()] if folder.is_dir() else []
+    )
+    return sorted(found, key=lambda p: int(p.name[1:]))
+
+
+def next_version(root: Path, name: str) -> str:
+    """Name of the version to publish next: `v1`, `v2`, ..."""
+    known = versions(root, name)
+    return f"v{int(known[-1].name[1:]) + 1}" if known else "v1"
+
+
+def alias_target(root: Path, name: str, alias: str) -> str | None:
+    """Version an alias points at, or None."""
+    link = root / name / alias
+    return os.readlink(link) if link.is_symlink() else None
+
+
+def move_alias(root: Path, name: str, alias: str, version: str, *, reason: str) -> None:
+    """Point an alias at a version in one rename, and append the move to the log. The registry lock is held.
+
+    Raises:
+        InputError: no such version, or the registry cannot be written.
+    """
+    folder = root / name
+    if not (folder / version).is_dir():
+        raise InputError(f"no version {version}", where=str(folder), mend="choose one that is there")
+    before = alias_target(root, name, alias)
+    with writing(folder):
+        aside = folder / f".{alias}.aside"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(version)
+        os.replace(aside, folder / alias)
+        fsync_path(folder)
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "pair": name,
+            "alias": alias,
+            "from": before,
+            "to": version,
+            "reason": reason,
+        }
+        with (root / EVENTS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())

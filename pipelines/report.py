@@ -1,0 +1,122 @@
+"""Scorecards for people: a table and a picture. Computes no figure of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from inference.scoring import BlockChoice
+from inference.statistics import OVERALL, Estimate, Scorecard
+
+
+def scorecard_rows(cards: list[Scorecard]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary: every arm, domain and temperature."""
+    header = ["draft", "domain", "T", "prompts", "tau", "alpha", "speedup", "expected", "tokens/s", "draft MiB"]
+    rows = [
+        [
+            card.arm,
+            card.domain,
+            "all" if card.temperature is None else f"{card.temperature:g}",
+            str(card.prompts),
+            interval(card.tau),
+            interval(card.alpha),
+            interval(card.speedup),
+            f"{card.expected_speedup.value:.2f}",
+            f"{card.tokens_per_s.value:.1f}",
+            f"{card.draft_bytes / 2**20:.0f}",
+        ]
+        for card in cards
+    ]
+    return header, rows
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def interval(estimate: Estimate | None) -> str:
+    """A figure and its interval, or a dash."""
+    return "-" if estimate is None else f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def scorecard_markdown(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]) -> str:
+    """The whole scorecard as Markdown: summary, acceptance by position, seconds by part."""
+    header, rows = scorecard_rows(cards)
+    text = ["# Scorecard\n\n", "tau counts the bonus token; intervals are 95 % bootstraps over prompts.\n\n"]
+    text.append(markdown_table(header, rows))
+    positions = max((len(card.conditional) for card in cards), default=0)
+    overall = [card for card in cards if card.domain == OVERALL]
+    text.append("\n## Conditional acceptance by position (all domains)\n\n")
+    text.append(
+        markdown_table(
+            ["draft", "T", "block", *(str(k + 1) for k in range(positions))],
+            [
+                [
+                    card.arm,
+                    "all" if card.temperature is None else f"{card.temperature:g}",
+                    str(blocks[card.arm].tokens),
+                    *(f"{e.value:.2f}" for e in card.conditional),
+                    *("-" for _ in range(positions - len(card.conditional))),
+                ]
+                for card in overall
+                if card.arm in blocks
+            ],
+        )
+    )
+    text.append("\n## Milliseconds per target pass by part (all domains; prefill per request)\n\n")
+    parts = list(overall[0].seconds) if overall else []
+    text.append(
+        markdown_table(
+            ["draft", "T", *parts, "efficiency", "mismatches"],
+            [
+                [
+                    card.arm,
+                    "all" if card.temperature is None else f"{card.temperature:g}",
+                    *(f"{1e3 * card.seconds[part]:.1f}" for part in parts),
+                    f"{card.efficiency.value:.2f}",
+                    str(card.mismatches),
+                ]
+                for card in overall
+            ],
+        )
+    )
+    return "".join(text)
+
+
+def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
+    """Draw speedup by draft and domain with intervals, and acceptance by position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    pooled = [card for card in cards if card.temperature is None]
+    arms = list(dict.fromkeys(card.arm for card in pooled))
+    domains = list(dict.fromkeys(card.domain for card in pooled))
+    width = 0.8 / len(domains)
+    for offset, domain in enumerate(domains):
+        of_domain = {card.arm: card for card in pooled if card.domain == domain}
+        shown = [(i, of_domain[arm].speedup) for i, arm in enumerate(arms) if arm in of_domain]
+        left.bar(
+            [i + (offset - (len(domains) - 1) / 2) * width for i, _ in shown],
+            [e.value for _, e in shown],
+            width,
+            label=domain,
+            yerr=[[max(0.0, e.value - e.low) for _, e in shown], [max(0.0, e.high - e.value) for _, e in shown]],
+            capsize=2,
+        )
+    left.axhline(1.0, color="black", linewidth=0.8)
+    left.set_xticks(range(len(arms)), arms)
+    left.set_ylabel("speedup over target-only decoding")
+    left.legend(fontsize="small")
+    for card in cards:
+        if card.domain == OVERALL and card.temperature is not None and card.conditional:
+            values = [e.value for e in card.conditional]
+            right.plot(range(1, len(values) + 1), values, marker="o", label=f"{card.arm}, T={card.temperature:g}")
+    right.set_xlabel("position in the block")
+    right.set_ylabel("acceptance, given the earlier ones")
+    right.set_ylim(0, 1)
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,156 @@
+"""The stages in their order, over typed configuration. A stage that has its output already is skipped and says so."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TypeVar
+
+from inference.errors import InputError
+from inference.statistics import find_card
+from pipelines.artifacts import Artifact, Spec
+from pipelines.build import draft_spec, run_build
+from pipelines.config import RunConfig
+from pipelines.context import RunContext
+from pipelines.corpus import corpus_spec, run_corpus
+from pipelines.locks import registry_lock
+from pipelines.publish import run_publish, summary
+from pipelines.registry import CHAMPION
+from pipelines.score import PLOT_FILE, TABLE_FILE, read_scorecards, run_score, score_spec
+from pipelines.select import Decision, read_decision, run_select, select_spec
+
+logger = logging.getLogger(__name__)
+
+Output = TypeVar("Output")
+
+
+def run(cfg: RunConfig, stage: str) -> float:
+    """Run one stage, or all of them.
+
+    Args:
+        cfg: typed configuration.
+        stage: `all`, or one of `pipelines.config.STAGES`.
+
+    Returns:
+        The stage's objective, for sweepers to maximise: response tokens (corpus), mean held-out acceptance of the
+        trained drafts (build), measured speedup of the best draft (score), of the chosen one (select, publish, all).
+
+    Raises:
+        InputError: bad input, or an earlier stage has not been run.
+        RegistryBusy: another run holds the registry.
+    """
+    stages: dict[str, Callable[[RunContext], float]] = {
+        "all": _all,
+        "corpus": _corpus,
+        "build": _build,
+        "score": _score,
+        "select": _select,
+        "publish": _publish,
+    }
+    # Held from the start, so that a second run on the same registry learns of it at once and not after its own work.
+    with registry_lock(cfg.paths.registry) if stage in ("all", "publish") else nullcontext():
+        context = RunContext.open(cfg)
+        for line in context.plan.lines():
+            logger.info("%s", line)
+        return stages[stage](context)
+
+
+def _all(context: RunContext) -> float:
+    corpus = _timed("corpus", lambda: run_corpus(context))
+    drafts = _timed("build", lambda: run_build(context, corpus))
+    score = _timed("score", lambda: run_score(context, corpus, drafts))
+    select = _timed("select", lambda: run_select(context, score))
+    decision = read_decision(select)
+    version = _timed("publish", lambda: run_publish(context, corpus, drafts, score, select))
+    _show_summary(decision)
+    logger.info("decision  %s: %s", decision.winner, decision.reason)
+    logger.info("pair      %s (alias %s)", version, context.cfg.paths.registry / context.cfg.publish.name / CHAMPION)
+    logger.info("report    %s and %s", score.path / TABLE_FILE, score.path / PLOT_FILE)
+    return _speedup_of(decision)
+
+
+def _corpus(context: RunContext) -> float:
+    return float(run_corpus(context).metrics["response_tokens"])
+
+
+def _build(context: RunContext) -> float:
+    drafts = run_build(context, _corpus_for_build(context))
+    found = [d.metrics["eval/acceptance"] for d in drafts.values() if "eval/acceptance" in d.metrics]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _score(context: RunContext) -> float:
+    cards = read_scorecards(_scored(context).path)
+    return max(find_card(cards, arm).speedup.value for arm in {card.arm for card in cards})
+
+
+def _select(context: RunContext) -> float:
+    score = _existing(context, score_spec(context, *_built(context)), "score")
+    decision = read_decision(run_select(context, score))
+    _show_summary(decision)
+    logger.info("decision  %s: %s", decision.winner, decision.reason)
+    return _speedup_of(decision)
+
+
+def _publish(context: RunContext) -> float:
+    corpus, drafts = _built(context)
+    score = _existing(context, score_spec(context, corpus, drafts), "score")
+    select = _existing(context, select_spec(context, score), "select")
+    run_publish(context, corpus, drafts, score, select)
+    return _speedup_of(read_decision(select))
+
+
+def _scored(context: RunContext) -> Artifact:
+    return run_score(context, *_built(context))
+
+
+def _corpus_for_build(context: RunContext) -> Artifact | None:
+    """The corpus, when a draft is trained."""
+    if any(draft.trained for draft in context.cfg.draft.values()):
+        return _existing(context, corpus_spec(context), "corpus")
+    return None
+
+
+def _built(context: RunContext) -> tuple[Artifact, dict[str, Artifact]]:
+    """Outputs of the first two stages."""
+    corpus = _existing(context, corpus_spec(context), "corpus")
+    return corpus, {name: _existing(context, draft_spec(context, name, corpus), "build") for name in context.cfg.draft}
+
+
+def _existing(context: RunContext, spec: Spec, stage: str) -> Artifact:
+    """An earlier stage's output.
+
+    Raises:
+        InputError: it is not there for this configuration.
+    """
+    found = context.store.find(spec)
+    if found is None:
+        raise InputError(
+            f"no output of the {stage} stage for this configuration",
+            where=str(context.store.path(spec)),
+            mend=f"run `dspark {stage}` with the same overrides first, or `dspark` for all stages",
+        )
+    return found
+
+
+def _speedup_of(decision: Decision) -> float:
+    return next(c.speedup for c in decision.candidates if c.arm == decision.winner)
+
+
+def _timed(stage: str, work: Callable[[], Output]) -> Output:
+    """Run a stage and log what it took."""
+    start = time.monotonic()
+    output = work()
+    logger.info("%-9s done in %.0f s", stage, time.monotonic() - start)
+    return output
+
+
+def _show_summary(decision: Decision) -> None:
+    """The last table, on stderr like all progress."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("draft", "speedup", "tau", "draft MiB", "outcome", title="measured speedup over target-only decoding")
+    for row in summary(decision):
+        table.add_row(*row)
+    Console(stderr=True).print(table)

@@ -1,0 +1,391 @@
+"""Stage 3: acceptance and speed of every candidate, measured in our own decoder on held-out prompts.
+
+All arms run in one process, interleaved prompt by prompt in shuffled order, after a warm-up that is not counted.
+Records are appended prompt by prompt, so a killed score goes on after its last prompt; every figure is computed from them.
+"""
+
+import json
+import logging
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.chat import messages_for, render_prompt
+from distill.prompts import rank
+from inference.drafters import LoadContext, load_drafter
+from inference.errors import InputError
+from inference.lookahead import Lookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel
+from inference.records import Record
+from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, score_prompt
+from inference.statistics import BASELINE, Scorecard, find_card, scorecards
+from inference.target import stop_tokens
+from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.build import DRAFT_FOLDER
+from pipelines.context import RunContext
+from pipelines.corpus import SplitPrompt, read_prompts
+from pipelines.files import read_json, write_json, write_text
+from pipelines.progress import tracked
+from pipelines.report import scorecard_markdown, scorecard_plot
+
+logger = logging.getLogger(__name__)
+
+RECORDS_FILE = "records.jsonl"
+SCORE_PLAN_FILE = "score_plan.json"
+SCORECARD_FILE = "scorecard.json"
+TABLE_FILE = "scorecard.md"
+PLOT_FILE = "scorecard.png"
+_WARM_UP_TOKENS = 8
+_BLOCK_TOKENS = 32
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """What is measured.
+
+    Attributes:
+        temperatures: every prompt is decoded at each of these.
+        validation_prompts: per domain, used to choose block lengths and to time the arms before scoring.
+        screen_after: prompts per domain after which an arm that is clearly slow is measured no further; 0 never.
+        screen_below: an arm whose speedup over those prompts is below this counts as clearly slow; its figures stay,
+            from the prompts it has seen.
+        price_per_hour: of this machine, in any currency, for the cost per million tokens; 0 leaves it out.
+        max_prompt_tokens: longer held-out prompts are left out, in tokens.
+    """
+
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    validation_prompts: int = 1
+    screen_after: int = 2
+    screen_below: float = 0.8
+    price_per_hour: float = 0.0
+    max_prompt_tokens: int = 768
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or any(t < 0 for t in self.temperatures):
+            raise ValueError(f"score.temperatures is {self.temperatures}; give at least one, none below 0")
+        if self.validation_prompts < 1 or self.screen_after < 0 or self.max_prompt_tokens < 1:
+            raise ValueError("score needs validation_prompts >= 1, screen_after >= 0 and max_prompt_tokens >= 1")
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """Fixed after the warm-up and before the first held-out prompt.
+
+    Attributes:
+        blocks: block length and how it was chosen, by draft.
+        prompts: ids of the held-out prompts, in the order they are decoded.
+        screen_at: number of prompts after which slow arms are dropped; 0 never.
+    """
+
+    blocks: dict[str, BlockChoice]
+    prompts: list[str]
+    screen_at: int
+
+
+def score_spec(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> Spec:
+    """What a score is made from; the device is part of it, since speed is."""
+    cfg, plan = context.cfg, context.plan
+    return Spec(
+        "score",
+        config={
+            "score": cfg.score,
+            "decode": cfg.decode,
+            "lookahead": cfg.lookahead,
+            "arms": list(drafts),
+            "budget": {"score_minutes": cfg.budget.score_minutes, "score_prompts": cfg.budget.score_prompts},
+            "device": plan.device,
+            "precision": {"baseline": plan.baseline_precision, "block": plan.block_precision},
+        },
+        inputs={
+            "target": context.target_digest,
+            "corpus": corpus.digest,
+            **{f"draft/{name}": draft.digest for name, draft in drafts.items()},
+        },
+        seed=cfg.seed,
+    )
+
+
+def run_score(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> Artifact:
+    """Score all drafts, or find the score.
+
+    Raises:
+        InputError: no baseline among the drafts, no held-out prompt, or a draft that does not fit the target.
+        ScoreError: the measurements contradict themselves.
+    """
+    if BASELINE not in {context.cfg.draft[name].kind for name in drafts} or BASELINE not in drafts:
+        raise InputError(
+            "a score needs the baseline", where="draft", mend="add none to the list, as in draft=[none,lookup]"
+        )
+    return context.store.obtain(
+        score_spec(context, corpus, drafts), make=lambda work: _make(context, corpus, drafts, work)
+    )
+
+
+class ScoreError(RuntimeError):
+    """The measurements cannot be right: a speedup above tau, or greedy output that rounding does not explain."""
+
+
+def read_scorecards(folder: Path) -> list[Scorecard]:
+    """Recompute the scorecards of a score folder from its records."""
+    data = read_json(folder / SCORECARD_FILE)
+    return scorecards(read_records(folder / RECORDS_FILE), price_per_hour=data["price_per_hour"], seed=data["seed"])
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a score, a torn last line left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [Record.from_json(line) for line in lines[:-1] if line]
+
+
+def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], work: Work) -> None:
+    cfg = context.cfg
+    arms = _load_arms(context, drafts)
+    prompts = _score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
+    stops = stop_tokens(arms[BASELINE].target)
+    plan = _score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
+    arms = {name: _with_lookahead(context, arm, plan.blocks.get(name)) for name, arm in arms.items()}
+    _warm_up(context, arms, prompts["validation"][0], stops)
+    by_id = {prompt.id: prompt for prompt in prompts["heldout"]}
+    _measure(context, arms, [by_id[i] for i in plan.prompts], plan, stops, work.folder / RECORDS_FILE)
+    records = read_records(work.folder / RECORDS_FILE)
+    cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
+    check_scorecards(cards)
+    _write_results(work, cards, plan, cfg.score.price_per_hour, cfg.seed)
+
+
+def _load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
+    """One arm per draft; the baseline in its own best arithmetic, all others sharing one target."""
+    cfg, plan = context.cfg, context.plan
+    targets: dict[str, CausalModel] = {}
+
+    def target(precision: str) -> CausalModel:
+        if precision not in targets:
+            targets[precision] = cfg.target.load(cfg.paths.cache, precision=precision)
+        return targets[precision]
+
+    arms = {}
+    for name, artifact in drafts.items():
+        verifier = target(plan.baseline_precision if name == BASELINE else plan.block_precision)
+        drafter = load_drafter(
+            LoadContext(
+                folder=artifact.path / DRAFT_FOLDER,
+                target_folder=context.target_folder,
+                target=verifier,
+                precision=plan.block_precision,
+                device=verifier.device,
+            )
+        )
+        arms[name] = Arm(name, verifier, drafter, FixedLookahead(0))
+    return arms
+
+
+def _score_prompts(rows: list[SplitPrompt], target: CausalModel, max_tokens: int) -> dict[str, list[ScorePrompt]]:
+    """First turns of validation and held-out prompts in tokens, those too long left out."""
+    limit = min(max_tokens, target.context_limit - 1)
+    found: dict[str, list[ScorePrompt]] = {"validation": [], "heldout": []}
+    for row in rows:
+        if row.split in found:
+            ids = render_prompt(target.tokenizer, messages_for(row.prompt.turns, system=row.prompt.system))
+            if len(ids) <= limit:
+                tokens = torch.tensor(ids, device=target.device)
+                found[row.split].append(ScorePrompt(row.prompt.id, row.prompt.domain, tokens))
+    for split, prompts in found.items():
+        if not prompts:
+            raise InputError(
+                f"no {split} prompt within {limit} tokens", where="score", mend="add prompts or raise the limit"
+            )
+    return found
+
+
+def _by_domain(prompts: list[ScorePrompt], seed: int) -> list[list[ScorePrompt]]:
+    """Prompts of each domain in a seeded order."""
+    domains = sorted({p.domain for p in prompts})
+    return [sorted((p for p in prompts if p.domain == d), key=lambda p: rank(p.id, seed=seed)) for d in domains]
+
+
+def _round_robin(groups: list[list[ScorePrompt]], per_group: int) -> list[ScorePrompt]:
+    """The first prompts of each group, one of each in turn."""
+    return [group[i] for i in range(per_group) for group in groups if i < len(group)]
+
+
+def _score_plan(
+    context: RunContext,
+    arms: dict[str, Arm],
+    prompts: dict[str, list[ScorePrompt]],
+    stops: frozenset[int],
+    path: Path,
+) -> ScorePlan:
+    """Read the plan of an interrupted score, or choose block lengths and count prompts and fix both."""
+    if path.is_file():
+        data = read_json(path)
+        return ScorePlan(
+            {name: BlockChoice(**choice) for name, choice in data["blocks"].items()}, data["prompts"], data["screen_at"]
+        )
+    cfg = context.cfg
+    validation = _round_robin(_by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
+    start = time.monotonic()
+    blocks, seconds_per_token = _choose_blocks(context, arms, validation, stops)
+    spent = time.monotonic() - start
+    groups = _by_domain(prompts["heldout"], cfg.seed)
+    count = cfg.budget.score_prompts
+    if count is None:
+        per_prompt = cfg.decode.max_new_tokens * len(cfg.score.temperatures) * sum(seconds_per_token.values())
+        fast = cfg.decode.max_new_tokens * len(cfg.score.temperatures) * _fast_seconds(seconds_per_token, cfg.score)
+        left = cfg.budget.score_minutes * 60 - spent
+        screened = cfg.score.screen_after
+        # Up to the screening every arm runs; after it, those that are not clearly slow.
+        count = screened + int((left / len(groups) - screened * per_prompt) / fast) if screened else 0
+        count = max(2, count if screened else int(left / len(groups) / per_prompt))
+    chosen = _round_robin(groups, count)
+    screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
+    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at)
+    write_json(path, asdict(plan))
+    lengths = ", ".join(f"{name} {choice.tokens}" for name, choice in blocks.items())
+    logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
+    return plan
+
+
+def _fast_seconds(seconds_per_token: dict[str, float], cfg: ScoreConfig) -> float:
+    """Seconds per token, summed over the arms that will probably pass the screening."""
+    base = seconds_per_token[BASELINE]
+    return sum(s for s in seconds_per_token.values() if base / s >= cfg.screen_below)
+
+
+def _choose_blocks(
+    context: RunContext, arms: dict[str, Arm], validation: list[ScorePrompt], stops: frozenset[int]
+) -> tuple[dict[str, BlockChoice], dict[str, float]]:
+    """Block length of every draft, and seconds per token of every arm, both from validation prompts."""
+    cfg = context.cfg
+    settings = [cfg.decode.settings(t) for t in cfg.score.temperatures]
+    blocks: dict[str, BlockChoice] = {}
+    seconds: dict[str, float] = {}
+    for name, arm in arms.items():
+        if name != BASELINE:
+            choice = choose_block(
+                arm,
+                validation,
+                longest=cfg.lookahead.tokens or cfg.lookahead.longest_auto,
+                settings=settings,
+                max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
+                stop_tokens=stops,
+                pass_seconds=lambda width: context.plan.profile.pass_seconds(context.plan.block_precision, width),
+                seed=cfg.seed,
+            )
+            if cfg.lookahead.tokens:
+                choice = BlockChoice(cfg.lookahead.tokens, choice.conditional, choice.draft_seconds, choice.expected)
+            blocks[name] = choice
+        timed = _with_lookahead(context, arm, blocks.get(name))
+        records = score_prompt(
+            [Arm(BASELINE, timed.target, timed.drafter, timed.lookahead)],
+            validation[0],
+            settings=settings[0],
+            max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
+            stop_tokens=stops,
+            seed=cfg.seed,
+        )
+        seconds[name] = records[0].total_seconds / records[0].emitted
+    return blocks, seconds
+
+
+def _with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None) -> Arm:
+    """The arm with the policy it is scored under."""
+    lookahead: Lookahead = FixedLookahead(0) if choice is None else context.cfg.lookahead.build(choice.tokens)
+    return Arm(arm.name, arm.target, arm.drafter, lookahead)
+
+
+def _warm_up(context: RunContext, arms: dict[str, Arm], prompt: ScorePrompt, stops: frozenset[int]) -> None:
+    """Run every arm once, so that nothing is measured cold."""
+    for temperature in context.cfg.score.temperatures:
+        score_prompt(
+            list(arms.values()),
+            prompt,
+            settings=context.cfg.decode.settings(temperature),
+            max_new_tokens=_WARM_UP_TOKENS,
+            stop_tokens=stops,
+            seed=context.cfg.seed,
+        )
+
+
+def _measure(
+    context: RunContext,
+    arms: dict[str, Arm],
+    prompts: list[ScorePrompt],
+    plan: ScorePlan,
+    stops: frozenset[int],
+    path: Path,
+) -> None:
+    """Decode what has no records yet, appending all arms of a prompt and temperature at once."""
+    cfg = context.cfg
+    records = read_records(path)
+    write_text(path, "".join(record.to_json() + "\n" for record in records))  # drops a torn last line
+    done = {(record.prompt_id, record.temperature) for record in records}
+    slow: set[str] | None = None
+    with path.open("a", encoding="utf-8") as stream:
+        for number, prompt in enumerate(tracked(prompts, "score", unit="prompts")):
+            if plan.screen_at and number >= plan.screen_at and slow is None:
+                slow = _slow_arms(records, {p.id for p in prompts[: plan.screen_at]}, cfg.score.screen_below)
+            for temperature in cfg.score.temperatures:
+                if (prompt.id, temperature) in done:
+                    continue
+                new = score_prompt(
+                    [arm for name, arm in arms.items() if name not in (slow or set())],
+                    prompt,
+                    settings=cfg.decode.settings(temperature),
+                    max_new_tokens=cfg.decode.max_new_tokens,
+                    stop_tokens=stops,
+                    seed=cfg.seed,
+                )
+                stream.write("".join(record.to_json() + "\n" for record in new))
+                stream.flush()
+                records += new
+
+
+def _slow_arms(records: list[Record], prompt_ids: set[str], below: float) -> set[str]:
+    """Arms whose speedup over the first prompts is under the bar."""
+    cards = scorecards([r for r in records if r.prompt_id in prompt_ids], resamples=1)
+    slow = {arm for arm in {r.arm for r in records} - {BASELINE} if find_card(cards, arm).speedup.value < below}
+    for arm in sorted(slow):
+        logger.info("%s: speedup %.2f so far, measured no further", arm, find_card(cards, arm).speedup.value)
+    return slow
+
+
+def check_scorecards(cards: list[Scorecard]) -> None:
+    """Refuse measurements that cannot be right.
+
+    Raises:
+        ScoreError: a speedup above tau beyond its interval (the baseline was handicapped), or a greedy mismatch that
+            is no near-tie (decoding was not lossless).
+    """
+    for card in cards:
+        place = f"{card.arm}, {card.domain}, temperature {card.temperature}"
+        if card.arm != BASELINE and card.speedup_over_tau.low > 1.0:
+            raise ScoreError(
+                f"speedup {card.speedup.value:.3f} is above tau {card.tau.value:.3f} ({place}): "
+                "the baseline is handicapped"
+            )
+        if card.unexplained:
+            raise ScoreError(f"{card.unexplained} greedy outputs differ where the target has no near-tie ({place})")
+
+
+def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, price_per_hour: float, seed: int) -> None:
+    """Scorecard as data, table and picture; the summary goes into the manifest."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    data: dict[str, Any] = {
+        "seed": seed,
+        "price_per_hour": price_per_hour,
+        "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
+        "blocks": {name: choice.tokens for name, choice in plan.blocks.items()},
+        "scorecards": [card.to_dict() for card in cards],
+    }
+    write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")
+    write_text(work.folder / TABLE_FILE, scorecard_markdown(cards, plan.blocks))
+    scorecard_plot(cards, work.folder / PLOT_FILE)
+    work.metrics["speedup"] = {c.arm: c.speedup.value for c in cards if c.domain == "overall" and c.temperature is None}
+    work.metrics["tau"] = {c.arm: c.tau.value for c in cards if c.domain == "overall" and c.temperature is None}

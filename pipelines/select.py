@@ -1,0 +1,153 @@
+"""Stage 4: choose the draft whose measured speedup is best, and say why. `none` is always a candidate and can win."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from inference.records import Record
+from inference.statistics import BASELINE, Scorecard, find_card, speed_ratio
+from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.context import RunContext
+from pipelines.files import read_json, write_json
+from pipelines.score import RECORDS_FILE, read_records, read_scorecards
+
+logger = logging.getLogger(__name__)
+
+DECISION_FILE = "decision.json"
+
+
+@dataclass(kw_only=True)
+class SelectConfig:
+    """Which drafts may win.
+
+    Attributes:
+        temperature: decide on the figures at this temperature; None pools all that were scored.
+        max_draft_mib: largest memory of the draft, weights and caches, in MiB; 0 for no limit.
+        min_alpha: least share of proposed tokens accepted; 0 for no limit.
+    """
+
+    temperature: float | None = None
+    max_draft_mib: float = 0.0
+    min_alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_draft_mib < 0 or not 0 <= self.min_alpha <= 1:
+            raise ValueError(
+                f"select needs max_draft_mib >= 0 and min_alpha in [0, 1], got {self.max_draft_mib}, {self.min_alpha}"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the decision.
+
+    Attributes:
+        arm: draft name.
+        speedup: measured, with its interval's ends.
+        low: lower end.
+        high: upper end.
+        tau: emitted tokens per target pass.
+        draft_bytes: memory of the draft.
+        refused: why it may not win; empty when it may.
+    """
+
+    arm: str
+    speedup: float
+    low: float
+    high: float
+    tau: float
+    draft_bytes: int
+    refused: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen and why.
+
+    Attributes:
+        winner: draft name.
+        reason: in one sentence.
+        candidates: every arm, best speedup first.
+        tied: drafts that could not be told apart from the fastest one.
+    """
+
+    winner: str
+    reason: str
+    candidates: list[Candidate]
+    tied: list[str]
+
+
+def select_spec(context: RunContext, score: Artifact) -> Spec:
+    """What a decision is made from."""
+    return Spec("select", config={"select": context.cfg.select}, inputs={"score": score.digest}, seed=context.cfg.seed)
+
+
+def run_select(context: RunContext, score: Artifact) -> Artifact:
+    """Decide, or find the decision."""
+
+    def make(work: Work) -> None:
+        decision = decide(
+            read_scorecards(score.path),
+            read_records(score.path / RECORDS_FILE),
+            cfg=context.cfg.select,
+            seed=context.cfg.seed,
+        )
+        write_json(work.folder / DECISION_FILE, asdict(decision))
+        work.metrics |= {"winner": decision.winner, "reason": decision.reason}
+
+    return context.store.obtain(select_spec(context, score), make=make)
+
+
+def read_decision(artifact: Artifact) -> Decision:
+    """Read a decision artifact."""
+    data: dict[str, Any] = read_json(artifact.path / DECISION_FILE)
+    return Decision(**{**data, "candidates": [Candidate(**c) for c in data["candidates"]]})
+
+
+def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, seed: int) -> Decision:
+    """Best measured speedup whose lower bound beats target-only decoding, within the limits; ties go to the cheaper.
+
+    Two drafts are tied when the interval of the paired ratio of their speeds contains 1.
+
+    Args:
+        cards: scorecards of one run.
+        records: the records behind them.
+        cfg: limits.
+        seed: of the bootstrap.
+    """
+    arms = list(dict.fromkeys(card.arm for card in cards))
+    chosen = {arm: find_card(cards, arm, temperature=cfg.temperature) for arm in arms}
+    candidates = [_candidate(card, cfg) for card in chosen.values()]
+    candidates.sort(key=lambda c: -c.speedup)
+    eligible = [c for c in candidates if not c.refused]
+    if not eligible:
+        fastest = next((c for c in candidates if c.arm != BASELINE), None)
+        why = f"the fastest, {fastest.arm}, {fastest.refused}" if fastest else "nothing else was scored"
+        return Decision(BASELINE, f"no draft may win: {why}", candidates, [])
+    best = eligible[0]
+    tied = [best] + [
+        c
+        for c in eligible[1:]
+        if speed_ratio(records, best.arm, c.arm, temperature=cfg.temperature, seed=seed).low <= 1.0
+    ]
+    winner = min(tied, key=lambda c: (c.draft_bytes, -c.speedup))
+    reason = f"speedup {winner.speedup:.2f} [{winner.low:.2f}, {winner.high:.2f}] beats target-only decoding"
+    if winner is not best:
+        reason += f"; {best.arm} is not measurably faster and costs more memory"
+    return Decision(winner.arm, reason, candidates, [c.arm for c in tied if c is not winner])
+
+
+def _candidate(card: Scorecard, cfg: SelectConfig) -> Candidate:
+    """One arm with the reason it may not win, if there is one."""
+    refused = ""
+    if card.arm == BASELINE:
+        refused = "is the baseline"
+    elif card.speedup.low <= 1.0:
+        refused = f"has a lower bound of {card.speedup.low:.2f}, which does not beat 1"
+    elif cfg.max_draft_mib and card.draft_bytes > cfg.max_draft_mib * 2**20:
+        refused = f"needs {card.draft_bytes / 2**20:.0f} MiB, more than {cfg.max_draft_mib:g}"
+    elif card.alpha is not None and card.alpha.value < cfg.min_alpha:
+        refused = f"has acceptance {card.alpha.value:.2f}, below {cfg.min_alpha:g}"
+    return Candidate(
+        card.arm, card.speedup.value, card.speedup.low, card.speedup.high, card.tau.value, card.draft_bytes, refused
+    )

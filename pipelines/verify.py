@@ -1,0 +1,117 @@
+"""Decode with a pair from its files alone and compare with what was scored.
+
+Run by the publish stage in a process of its own, and by anyone who wants to know whether a pair still does what its
+scorecard says:
+
+    python -m pipelines.verify registry/smollm2-135m/champion
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.decoder import Request, decode
+from inference.errors import InputError
+from inference.pair import DEFAULT_CACHE, Pair, load_pair
+from inference.randomness import TorchSource
+from inference.records import tokens_digest
+from inference.sampling import SamplingSettings
+from inference.scoring import request_seed
+from inference.target import stop_tokens
+from pipelines.files import read_json, sha256_file
+
+CHECKS_FILE = "checks.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A scored request that must give the same tokens again.
+
+    Attributes:
+        prompt_id: of the prompt.
+        system: system message, or None.
+        user: the user's message.
+        temperature: it was decoded at.
+        arm: name of the draft in the score.
+        seed: of the score.
+        max_new_tokens: longest answer.
+        top_k: see `inference.sampling.SamplingSettings`.
+        top_p: likewise.
+        repetition_penalty: likewise.
+        digest: of the emitted tokens.
+    """
+
+    prompt_id: str
+    system: str | None
+    user: str
+    temperature: float
+    arm: str
+    seed: int
+    max_new_tokens: int
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    digest: str
+
+
+def repeat(pair: Pair, check: Check) -> str:
+    """Decode a request again as the score did; returns the digest of its tokens."""
+    system = [] if check.system is None else [{"role": "system", "content": check.system}]
+    prompt = pair.prompt_tokens([*system, {"role": "user", "content": check.user}])
+    settings = SamplingSettings(
+        temperature=check.temperature,
+        top_k=check.top_k,
+        top_p=check.top_p,
+        repetition_penalty=check.repetition_penalty,
+    )
+    seed = request_seed(check.seed, check.prompt_id, check.temperature, check.arm)
+    decoded = decode(
+        pair.target,
+        pair.drafter,
+        prompt,
+        request=Request(settings=settings, max_new_tokens=check.max_new_tokens, stop_tokens=stop_tokens(pair.target)),
+        lookahead=pair.lookahead,
+        generator=TorchSource.seeded(seed, device=pair.target.device),
+    )
+    return tokens_digest(decoded.tokens)
+
+
+def verify(folder: Path, *, cache: Path) -> int:
+    """Check the draft's files against their digests and repeat every stored request; returns how many there were.
+
+    Raises:
+        InputError: a file was changed, or a request gave other tokens.
+    """
+    pair = load_pair(folder, cache=cache)
+    for name, digest in pair.info["draft"]["files"].items():
+        if sha256_file(folder / "draft" / name) != digest:
+            raise InputError("a file of the draft was changed or damaged", where=str(folder / "draft" / name))
+    checks = [Check(**row) for row in read_json(folder / CHECKS_FILE)]
+    for check in checks:
+        if repeat(pair, check) != check.digest:
+            raise InputError(
+                f"{check.prompt_id} at temperature {check.temperature:g} gave other tokens than its score",
+                where=str(folder),
+                mend="same machine, versions and thread count as in cost_profile? then build the pair again",
+            )
+    return len(checks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: exit code 0 when everything repeats, 2 with one line otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description="repeat a pair's scored requests")
+    parser.add_argument("pair", type=Path, help="a version folder or an alias")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
+    words = parser.parse_args(argv)
+    try:
+        count = verify(words.pair, cache=words.cache.expanduser())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{count} requests gave the scored tokens\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

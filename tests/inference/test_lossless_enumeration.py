@@ -1,0 +1,219 @@
+"""Losslessness, exactly: over a tiny vocabulary the decoder's output law equals the target's, and mutants' does not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import decoder, verification
+from inference.cache import RollbackCache
+from inference.drafters import Drafter, Proposal
+from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.model import ModelDrafter
+from inference.drafters.none import NoDrafter
+from inference.drafters.quantized import quantization_config
+from inference.lookahead import Lookahead
+from inference.lookahead.confidence import ConfidenceLookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel, keep_layers, load_causal_model
+from inference.sampling import SamplingSettings
+from tests.inference.law import MemoModel, TokenCache, distance, speculative_law, target_law, tiny_model
+
+EXACT = 1e-12
+# A mutant must miss the law by more than rounding ever could.
+VISIBLE = 1e-3
+
+SETTINGS = {
+    "T=0.5": SamplingSettings(temperature=0.5),
+    "T=1": SamplingSettings(temperature=1.0),
+    "T=1 top-k": SamplingSettings(temperature=1.0, top_k=2),
+    "T=1 top-p": SamplingSettings(temperature=1.0, top_p=0.8),
+    "T=1 penalty": SamplingSettings(temperature=1.0, repetition_penalty=1.5),
+}
+POLICIES: dict[str, Callable[[], Lookahead]] = {
+    "fixed": lambda: FixedLookahead(2),
+    "confidence": lambda: ConfidenceLookahead(2, threshold=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> MemoModel:
+    return MemoModel(tiny_model(0))
+
+
+def _quantized(folder: Path, weight_format: str, kept: list[int] | None) -> CausalModel:
+    # bitsandbytes works on blocks of 64 weights, so this self-draft is of a wider tiny target saved to disk.
+    return load_causal_model(
+        folder,
+        precision="fp32",
+        device=torch.device("cpu"),
+        quantization=quantization_config(weight_format, compute_dtype=torch.float32),
+        kept_layers=kept,
+    )
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
+    folder = tmp_path_factory.mktemp("target")
+    tiny_model(0, hidden=64).model.float().save_pretrained(folder)
+    pruned = tiny_model(0)
+    keep_layers(pruned.model, [0])
+    return {
+        "none": NoDrafter(),
+        "lookup": LookupDrafter(LookupSettings(longest=2, shortest=1)),
+        "pruned": ModelDrafter(MemoModel(pruned)),
+        "pretrained": ModelDrafter(MemoModel(tiny_model(7, layers=1))),
+        "quantized nf4": ModelDrafter(MemoModel(_quantized(folder, "nf4", None))),
+        "quantized int8": ModelDrafter(MemoModel(_quantized(folder, "int8", None))),
+        "quantized, layers skipped": ModelDrafter(MemoModel(_quantized(folder, "nf4", [1]))),
+    }
+
+
+KINDS = ["none", "lookup", "pruned", "pretrained", "quantized nf4", "quantized int8", "quantized, layers skipped"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_law_equals_the_targets(
+    target: MemoModel, drafters: dict[str, Drafter], kind: str, policy: str, settings: str
+) -> None:
+    law = speculative_law(target, drafters[kind], POLICIES[policy], SETTINGS[settings])
+    expected = target_law(target, SETTINGS[settings])
+    assert distance(law, expected) < EXACT
+    # Every path was walked: the probabilities of all outputs add up to one.
+    assert sum(law.values()) == pytest.approx(1.0, abs=EXACT)
+
+
+def test_law_holds_with_stop_tokens_inside_a_block(target: MemoModel, drafters: dict[str, Drafter]) -> None:
+    settings, stops = SETTINGS["T=1"], frozenset({2})
+    law = speculative_law(target, drafters["pretrained"], POLICIES["fixed"], settings, stop_tokens=stops)
+    assert distance(law, target_law(target, settings, stop_tokens=stops)) < EXACT
+    # A stop token is the last of its output wherever it stands.
+    assert all(2 not in output[:-1] for output in law)
+    assert any(len(output) < 3 for output in law)
+
+
+@pytest.mark.parametrize("kind", ["pruned", "pretrained"])
+def test_law_holds_with_real_caches(kind: str) -> None:
+    # The same walk through transformers' forward and our rollback cache, on both sides, in fp64. Passes of different
+    # widths round differently in the last bits, which is all that may be seen.
+    drafter_model = tiny_model(7, layers=1) if kind == "pretrained" else tiny_model(0)
+    if kind == "pruned":
+        keep_layers(drafter_model.model, [0])
+    settings = SETTINGS["T=1"]
+    target = tiny_model(0)
+    law = speculative_law(target, ModelDrafter(drafter_model), POLICIES["fixed"], settings)
+    assert distance(law, target_law(MemoModel(target), settings)) < 1e-6
+
+
+def _mutant_law_error(target: MemoModel, drafter: Drafter) -> float:
+    settings = SETTINGS["T=1"]
+    return distance(speculative_law(target, drafter, POLICIES["fixed"], settings), target_law(target, settings))
+
+
+@pytest.fixture
+def other(target: MemoModel) -> ModelDrafter:
+    """A draft that disagrees with the target; unmutated, the law is exact."""
+    drafter = ModelDrafter(MemoModel(tiny_model(7, layers=1)))
+    assert _mutant_law_error(target, drafter) < EXACT
+    return drafter
+
+
+def test_mutant_residual_not_renormalised_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "residual_probs", lambda p, q, token: (p - q).clamp(min=0.0))
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_residual_is_the_target_itself_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "residual_probs", lambda p, q, token: p)
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_draft_probs_of_another_temperature_fail(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propose = ModelDrafter.propose
+
+    def cooler(self: ModelDrafter, *args: object, **kwargs: object) -> Proposal:
+        proposal = propose(self, *args, **kwargs)  # type: ignore[arg-type]
+        probs = None if proposal.probs is None else torch.softmax(2.0 * proposal.probs.log(), dim=-1)
+        return Proposal(proposal.tokens, probs)
+
+    monkeypatch.setattr(ModelDrafter, "propose", cooler)
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_dropping_the_token_that_turned_out_unlikely_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propose = ModelDrafter.propose
+
+    def picky(self: ModelDrafter, *args: object, **kwargs: object) -> Proposal:
+        proposal = propose(self, *args, **kwargs)  # type: ignore[arg-type]
+        if proposal.probs is None:
+            return proposal
+        chances = proposal.probs.gather(1, proposal.tokens[:, None])[:, 0]
+        kept = int((chances > 0.4).long().cumprod(0).sum())
+        return Proposal(proposal.tokens[:kept], proposal.probs[:kept] if kept else None)
+
+    monkeypatch.setattr(ModelDrafter, "propose", picky)
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_bonus_token_from_the_wrong_row_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = verification.verify_sampled
+
+    def early_row(
+        tokens: torch.Tensor, draft: torch.Tensor | None, probs: torch.Tensor, **kwargs: object
+    ) -> verification.Verdict:
+        shifted = torch.cat([probs[:-1], probs[-2:-1]]) if tokens.shape[0] else probs
+        return verify(tokens, draft, shifted, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder, "verify_sampled", early_row)
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_target_cache_not_rolled_back_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sticky(TokenCache):
+        def rollback(self, length: int) -> None:
+            pass
+
+    monkeypatch.setattr(MemoModel, "new_cache", lambda self: Sticky() if self is target else TokenCache())
+    assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_real_cache_not_rolled_back_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS["T=1"]
+    target, drafter = tiny_model(0), ModelDrafter(tiny_model(7, layers=1))
+    rollback = RollbackCache.rollback
+    monkeypatch.setattr(RollbackCache, "rollback", lambda self, n: rollback(self, n) if n == 0 else None)
+    law = speculative_law(target, drafter, POLICIES["fixed"], settings)
+    assert distance(law, target_law(MemoModel(tiny_model(0)), settings)) > VISIBLE
+
+
+def test_policy_may_look_at_earlier_tokens_of_the_block(target: MemoModel, other: ModelDrafter) -> None:
+    # Position 2 is kept only if the token sampled at position 1 was token 0.
+    class Peeking(FixedLookahead):
+        def keeps(self, visible: object) -> bool:
+            position: int = visible.position  # type: ignore[attr-defined]
+            return position == 1 or (position == 2 and seen_token() == 0)
+
+    def seen_token() -> int:
+        cache = other.cache
+        assert isinstance(cache, TokenCache)
+        return cache.tokens[-1]
+
+    settings = SETTINGS["T=1"]
+    law = speculative_law(target, other, lambda: Peeking(2), settings)
+    # Looking at earlier tokens of the block is allowed (x_1 is known before x_2 is sampled), so the law still holds.
+    assert distance(law, target_law(target, settings)) < EXACT

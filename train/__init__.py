@@ -1,0 +1,1 @@
+"""How parameters move: loop, optimizers, checkpoints, trackers. Knows nothing of speculative decoding."""

@@ -1,0 +1,53 @@
+"""What goes into a step and what comes out of a run: two plain records. No behaviour."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+Number = Tensor | float
+Pair = tuple[Number, Number]
+
+
+@dataclass
+class LossOutput:
+    """What a loss function returns for one micro-batch.
+
+    Attributes:
+        loss_sum: sum of the weighted losses, a scalar with a graph.
+        weight_sum: sum of the weights; gradients are divided by its total over the step.
+        sums: metrics as (sum, total) pairs; they are added up and divided once.
+        tokens: tokens learned from, for the accounts (0 = weight_sum is that number).
+    """
+
+    loss_sum: Tensor
+    weight_sum: Number
+    sums: dict[str, Pair] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass
+class FitResult:
+    """What a run ended with.
+
+    Attributes:
+        steps: steps made in all, earlier interrupted runs included.
+        tokens: tokens learned from in all.
+        seconds: wall-clock seconds spent training and evaluating in all, as far as checkpoints recorded them.
+        metrics: metrics of the last logged steps and of the last evaluation, the latter as "eval/<name>".
+        history: one dict a logged step ("step", "loss", "lr", "grad_norm", the loss's own sums) or evaluation.
+        checkpoint: the last checkpoint.
+        best_step: step of the best checkpoint by `best_metric`, None without one.
+        best_value: its value.
+        resumed_step: the step this call went on from (0 = it started afresh).
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    checkpoint: Path
+    best_step: int | None
+    best_value: float | None
+    resumed_step: int
