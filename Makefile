@@ -6,7 +6,7 @@ ARGS ?=
 TESTS ?=
 # Worker processes of the test suite; 0 runs it in one process.
 JOBS ?= 2
-# One thread per process: the suite is already parallel by file, and results do not depend on the machine's cores.
+# One thread per process: the suite is already parallel, and results do not depend on the machine's cores.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
 BIN = .venv/bin
@@ -24,7 +24,7 @@ demo: env  ## run the whole loop on the embedded target: corpus, build, score, s
 	$(BIN)/dspark $(ARGS)
 
 test: env  ## run the whole test suite
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q $(TESTS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q $(TESTS)
 
 check: env  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ class RollbackLayer(DynamicLayer):
     """Keys and values of one layer, `[batch, kv_heads, capacity, head_dim]`, of which `length` positions are valid."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

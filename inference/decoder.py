@@ -37,6 +37,10 @@ class Request:
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
+
 
 @dataclass
 class Decoded:

@@ -10,6 +10,7 @@ import torch
 
 from inference.decoder import check_prompt_length
 from inference.model import CausalModel
+from inference.randomness import draw
 from inference.sampling import SamplingSettings, process_logits
 
 _COMPACT_BELOW = 0.75
@@ -114,7 +115,7 @@ def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Gen
     processed = process_logits(logits, context=none, block=none, settings=settings)
     if settings.greedy:
         return processed.argmax(-1)
-    return torch.multinomial(torch.softmax(processed, dim=-1), 1, generator=generator)[:, 0]
+    return draw(torch.softmax(processed, dim=-1), generator=generator)
 
 
 def _left_padded(prompts: list[list[int]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

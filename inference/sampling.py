@@ -4,6 +4,7 @@ Order: repetition penalty, temperature, top-k, top-p, softmax. Losslessness need
 sampled from, so the caller samples from, and scores with, the one tensor returned here.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class SamplingSettings:
             raise ValueError(f"top_k is {self.top_k}; use 0 to keep every token or a positive count")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; use a share in (0, 1], where 1 keeps every token")
-        if self.repetition_penalty <= 0.0:
+        if not 0.0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; use 1 for none or a positive number")
 
     @property
@@ -82,7 +83,8 @@ def process_logits(
         settings: how to process; with temperature 0 only the repetition penalty changes anything that matters.
 
     Returns:
-        `[rows, V]` in fp32 (fp64 stays fp64); removed tokens are -inf. May share memory with nothing of the caller's.
+        `[rows, V]` in fp32 (fp64 stays fp64); removed tokens are -inf. The caller's logits are left as they are;
+        where there is nothing to do they are returned themselves.
     """
     rows = logits.shape[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -6,6 +6,7 @@ goes on from its last checkpoint and ends with the same weights.
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distill.corpus import read_corpus
@@ -15,7 +16,7 @@ from inference.model import load_causal_model
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
-from pipelines.files import write_json
+from pipelines.files import content_digest, plain, write_json
 from pipelines.plan import resolved_trainer
 from train.loop import Batch, LossOutput, fit
 
@@ -30,7 +31,11 @@ def draft_spec(context: RunContext, name: str, corpus: Artifact | None) -> Spec:
     cfg = context.cfg
     draft = cfg.draft[name]
     inputs = {"target": context.target_digest}
-    config: dict[str, Any] = {"draft": draft}
+    settings = plain(draft)
+    if settings.get("path") and (digest := content_digest(Path(settings["path"]))):
+        inputs["checkpoint"] = digest
+        settings["path"] = ""
+    config: dict[str, Any] = {"draft": settings}
     if draft.trained:
         assert corpus is not None, "a trained draft needs a corpus"
         inputs["corpus"] = corpus.digest

@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # GNU OpenMP reads this when torch is imported. Its default spins for milliseconds at every barrier, so that one busy
+    # neighbour on the machine makes each pass ten times dearer; this much spinning costs nothing when it is idle.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
@@ -220,6 +223,7 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
     from omegaconf.errors import OmegaConfBaseException
 
     from pipelines.composition import explain
+    from pipelines.errors import StageFailed
     from pipelines.files import write_error
     from pipelines.locks import RegistryBusy
     from train.errors import TrainingError
@@ -228,6 +232,8 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
         return Ending(BUSY, str(error))
     if isinstance(error, (InputError, TrainingError)):
         return Ending(BAD_INPUT, str(error))
+    if isinstance(error, StageFailed):
+        return Ending(FAILED, str(error))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return Ending(BAD_INPUT, explain(error, words=[word for word in words if "=" in word]))
     if isinstance(error, (ValueError, TypeError)) and _raised_in(error).partition(".")[0] in ("hydra", "omegaconf"):

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
 from distill.chat import messages_for, render_prompt
 from distill.corpus import read_shard, shard_written, write_shard
 from distill.prompts import Prompt, SourceContext, rank
@@ -22,7 +24,7 @@ from inference.sampling import SamplingSettings
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
-from pipelines.files import write_json, write_text
+from pipelines.files import content_digest, plain, write_json, write_text
 from pipelines.progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -44,17 +46,23 @@ class SplitPrompt:
 
 
 def corpus_spec(context: RunContext) -> Spec:
-    """What the corpus is made from."""
+    """What the corpus is made from. Files and folders of prompts count by their content, wherever they lie."""
     cfg = context.cfg
+    sources = {name: plain(source) for name, source in cfg.prompts.items()}
+    files = {
+        name: digest
+        for name, source in sources.items()
+        if source.get("path") and (digest := content_digest(Path(source["path"])))
+    }
     return Spec(
         "corpus",
         config={
-            "prompts": cfg.prompts,
+            "prompts": {name: source | ({"path": ""} if name in files else {}) for name, source in sources.items()},
             "corpus": {name: value for name, value in asdict(cfg.corpus).items() if name not in _TRANSPORT},
             "responses": context.plan.responses,
             "precision": context.plan.generation_precision,
         },
-        inputs={"target": context.target_digest},
+        inputs={"target": context.target_digest, **{f"prompts/{name}": digest for name, digest in files.items()}},
         seed=cfg.seed,
     )
 
@@ -132,9 +140,14 @@ def _make(context: RunContext, work: Work) -> None:
     work.metrics.update(_metrics(work.folder, len(shards)))
 
 
-def _choose(prompts: PromptSet, context: RunContext, tokenizer: Any) -> list[SplitPrompt]:
-    """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top."""
-    wanted = context.plan.responses
+def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokenizerBase) -> list[SplitPrompt]:
+    """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top.
+
+    Raises:
+        InputError: no prompt to train on or none to validate on is short enough.
+    """
+    wanted, too_long = context.plan.responses, 0
+    room = int(AutoConfig.from_pretrained(context.target_folder).get_text_config(decoder=True).max_position_embeddings)
     validation = max(len(prompts.by_domain("validation")), round(wanted * VALIDATION_SHARE))
     chosen: list[SplitPrompt] = []
     for split, count in (("train", wanted - validation), ("validation", validation)):
@@ -145,18 +158,32 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: Any) -> list[Spl
         kept = 0
         while kept < count and any(queues):
             for queue in queues:
-                while queue and _rendered_length(queue[0], tokenizer) > MAX_PROMPT_TOKENS:
+                while queue and not _fits(queue[0], tokenizer, room=room, answer=context.cfg.corpus.max_new_tokens):
                     queue.pop(0)
+                    too_long += 1
                 if queue and kept < count:
                     chosen.append(SplitPrompt(queue.pop(0), split))
                     kept += 1
-    if not any(p.split == "train" for p in chosen):
-        raise InputError(
-            f"no training prompt within {MAX_PROMPT_TOKENS} tokens among {wanted} wanted",
-            where="prompts",
-            mend="add sources or raise budget.responses",
-        )
+    if too_long:
+        logger.info("%d prompts left out as too long for %d tokens or the context", too_long, MAX_PROMPT_TOKENS)
+    for split in ("train", "validation"):
+        if not any(p.split == split for p in chosen):
+            raise InputError(
+                f"no {split} prompt left for {wanted} responses: {too_long} are longer than "
+                f"{min(MAX_PROMPT_TOKENS, room - 1)} tokens",
+                where="prompts",
+                mend="add prompts (each domain needs two or more), shorten them, or raise budget.responses",
+            )
     return chosen
+
+
+def _fits(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, room: int, answer: int) -> bool:
+    """Whether the first turn is short enough, and the last one still fits when every answer takes all its tokens.
+
+    Each turn is rendered by itself, which counts the template's opening once too often and so errs on the safe side.
+    """
+    lengths = [len(render_prompt(tokenizer, messages_for([turn], system=prompt.system))) for turn in prompt.turns]
+    return lengths[0] <= MAX_PROMPT_TOKENS and sum(lengths) + answer * (len(lengths) - 1) < room
 
 
 def _rendered_length(prompt: Prompt, tokenizer: Any) -> int:

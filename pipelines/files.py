@@ -189,3 +189,20 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str | None:
+    """Hex SHA-256 of a file, or of the names and contents of all files below a folder; None when there is neither.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        if path.is_file():
+            return sha256_file(path)
+        if not path.is_dir():
+            return None
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return sha256_bytes(canonical_json({p.relative_to(path).as_posix(): sha256_file(p) for p in files}))
+    except OSError as error:
+        raise InputError(f"cannot read it ({error.strerror})", where=str(path), mend="check the path") from error

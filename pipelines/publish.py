@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from inference.errors import InputError
 from inference.pair import PAIR_FILE, SCHEMA_VERSION, read_pair
 from inference.statistics import BASELINE, Scorecard, find_card
 from pipelines import provenance
@@ -18,8 +19,9 @@ from pipelines.artifacts import Artifact
 from pipelines.build import DRAFT_FOLDER
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
+from pipelines.errors import StageFailed
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
-from pipelines.registry import CHAMPION, alias_target, move_alias, next_version, versions
+from pipelines.registry import CHAMPION, move_alias, next_version, versions
 from pipelines.report import markdown_table, scorecard_rows
 from pipelines.score import (
     PLOT_FILE,
@@ -38,7 +40,7 @@ CARD_FILE = "MODEL_CARD.md"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class PublishError(RuntimeError):
+class PublishError(StageFailed):
     """The pair did not decode from its own files as it did while it was scored; nothing was published."""
 
 
@@ -92,14 +94,21 @@ def run_publish(
         version = _publish(context, decision, lineage)
     else:
         logger.info("publish: unchanged, skipped (%s)", version)
-    if alias_target(root, cfg.publish.name, CHAMPION) != version.name:
-        move_alias(root, cfg.publish.name, CHAMPION, version.name, reason=decision.reason)
+    move_alias(root, cfg.publish.name, CHAMPION, version.name, reason=decision.reason)
     return version
 
 
 def _published(root: Path, name: str, select_digest: str) -> Path | None:
-    """A version that was published from the same decision."""
-    return next((v for v in versions(root, name) if read_pair(v)["lineage"]["select"] == select_digest), None)
+    """The newest version that was published from the same decision; versions that cannot be read are passed over."""
+    for version in reversed(versions(root, name)):
+        try:
+            lineage = read_pair(version).get("lineage", {})
+        except InputError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        if lineage.get("select") == select_digest:
+            return version
+    return None
 
 
 def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
@@ -128,8 +137,12 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
 
 def _verify_in_fresh_process(folder: Path, context: RunContext) -> None:
     """Load the files as a stranger would and decode; the tokens must be those of the score."""
-    command = [sys.executable, "-m", "pipelines.verify", str(folder), "--cache", str(context.cfg.paths.cache)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    cfg = context.cfg
+    options = ["--cache", str(cfg.paths.cache), "--device", cfg.target.device]
+    # Without the folder dspark was called in (-P), where a `train` or an `inference` of the user's may lie.
+    command = [sys.executable, "-P", "-m", "pipelines.verify", str(folder), *options]
+    path = os.pathsep.join(filter(None, [str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
         raise PublishError(f"the pair did not reload from its files [{folder}]: {lines[-1]}")

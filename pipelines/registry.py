@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from inference.errors import InputError
-from pipelines.files import fsync_path, writing
+from pipelines.files import fsync_path, write_text, writing
 
 CHAMPION = "champion"
 EVENTS_FILE = "events.jsonl"
@@ -35,8 +35,17 @@ def alias_target(root: Path, name: str, alias: str) -> str | None:
     return os.readlink(link) if link.is_symlink() else None
 
 
+def read_events(root: Path) -> list[dict[str, str | None]]:
+    """Every move of an alias, oldest first."""
+    file = root / EVENTS_FILE
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
 def move_alias(root: Path, name: str, alias: str, version: str, *, reason: str) -> None:
     """Point an alias at a version in one rename, and append the move to the log. The registry lock is held.
+
+    Does what is missing: nothing when the alias is there and logged, the log entry alone when a run was killed between
+    the two.
 
     Raises:
         InputError: no such version, or the registry cannot be written.
@@ -44,22 +53,23 @@ def move_alias(root: Path, name: str, alias: str, version: str, *, reason: str) 
     folder = root / name
     if not (folder / version).is_dir():
         raise InputError(f"no version {version}", where=str(folder), mend="choose one that is there")
-    before = alias_target(root, name, alias)
+    events = read_events(root)
+    logged = next((e["to"] for e in reversed(events) if (e["pair"], e["alias"]) == (name, alias)), None)
     with writing(folder):
-        aside = folder / f".{alias}.aside"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(version)
-        os.replace(aside, folder / alias)
-        fsync_path(folder)
-        event = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "pair": name,
-            "alias": alias,
-            "from": before,
-            "to": version,
-            "reason": reason,
-        }
-        with (root / EVENTS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(event) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        if alias_target(root, name, alias) != version:
+            aside = folder / f".{alias}.aside"
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(version)
+            os.replace(aside, folder / alias)
+            fsync_path(folder)
+        if logged != version:
+            event = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "pair": name,
+                "alias": alias,
+                "from": logged,
+                "to": version,
+                "reason": reason,
+            }
+            # The whole log anew, by rename: a kill leaves no torn line behind.
+            write_text(root / EVENTS_FILE, "".join(json.dumps(e) + "\n" for e in [*events, event]))

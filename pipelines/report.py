@@ -117,6 +117,7 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
     right.set_xlabel("position in the block")
     right.set_ylabel("acceptance, given the earlier ones")
     right.set_ylim(0, 1)
-    right.legend(fontsize="small")
+    if right.lines:  # nothing was proposed when target-only decoding was the only arm
+        right.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

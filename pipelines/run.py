@@ -16,8 +16,8 @@ from pipelines.corpus import corpus_spec, run_corpus
 from pipelines.locks import registry_lock
 from pipelines.publish import run_publish, summary
 from pipelines.registry import CHAMPION
-from pipelines.score import PLOT_FILE, TABLE_FILE, read_scorecards, run_score, score_spec
-from pipelines.select import Decision, read_decision, run_select, select_spec
+from pipelines.score import PLOT_FILE, TABLE_FILE, check_baseline, read_scorecards, run_score, score_spec
+from pipelines.select import Decision, check_temperature, read_decision, run_select, select_spec
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,10 @@ def run(cfg: RunConfig, stage: str) -> float:
         "select": _select,
         "publish": _publish,
     }
+    if stage in ("all", "score"):
+        check_baseline(cfg)
+    if stage in ("all", "select"):
+        check_temperature(cfg.select, scored=cfg.score.temperatures)
     # Held from the start, so that a second run on the same registry learns of it at once and not after its own work.
     with registry_lock(cfg.paths.registry) if stage in ("all", "publish") else nullcontext():
         context = RunContext.open(cfg)

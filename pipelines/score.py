@@ -1,7 +1,8 @@
 """Stage 3: acceptance and speed of every candidate, measured in our own decoder on held-out prompts.
 
 All arms run in one process, interleaved prompt by prompt in shuffled order, after a warm-up that is not counted.
-Records are appended prompt by prompt, so a killed score goes on after its last prompt; every figure is computed from them.
+Records are appended prompt by prompt, so a killed score goes on after its last prompt. Every figure is computed from
+them.
 """
 
 import json
@@ -23,12 +24,14 @@ from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.records import Record
 from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, score_prompt
-from inference.statistics import BASELINE, Scorecard, find_card, scorecards
+from inference.statistics import BASELINE, OVERALL, Scorecard, find_card, scorecards
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.build import DRAFT_FOLDER
+from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import SplitPrompt, read_prompts
+from pipelines.errors import StageFailed
 from pipelines.files import read_json, write_json, write_text
 from pipelines.progress import tracked
 from pipelines.report import scorecard_markdown, scorecard_plot
@@ -42,6 +45,10 @@ TABLE_FILE = "scorecard.md"
 PLOT_FILE = "scorecard.png"
 _WARM_UP_TOKENS = 8
 _BLOCK_TOKENS = 32
+_SCREEN_RESAMPLES = 500
+_ABOVE_TAU = 1.05
+"""Speedup over tau whose lower bound shows a handicapped baseline. Not 1: where a draft proposes next to nothing, both
+arms do the same work, and a few prompts differ by some per cent for no other reason than the machine."""
 
 
 @dataclass(kw_only=True)
@@ -52,15 +59,15 @@ class ScoreConfig:
         temperatures: every prompt is decoded at each of these.
         validation_prompts: per domain, used to choose block lengths and to time the arms before scoring.
         screen_after: prompts per domain after which an arm that is clearly slow is measured no further; 0 never.
-        screen_below: an arm whose speedup over those prompts is below this counts as clearly slow; its figures stay,
-            from the prompts it has seen.
+        screen_below: an arm counts as clearly slow when the upper end of its speedup's interval over those prompts is
+            below this; its figures stay, from the prompts it has seen.
         price_per_hour: of this machine, in any currency, for the cost per million tokens; 0 leaves it out.
         max_prompt_tokens: longer held-out prompts are left out, in tokens.
     """
 
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     validation_prompts: int = 1
-    screen_after: int = 2
+    screen_after: int = 1
     screen_below: float = 0.8
     price_per_hour: float = 0.0
     max_prompt_tokens: int = 768
@@ -110,6 +117,18 @@ def score_spec(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact
     )
 
 
+def check_baseline(cfg: RunConfig) -> None:
+    """Refuse a list of drafts without the baseline, before anything is made for it.
+
+    Raises:
+        InputError: no draft `none` of the kind `none`.
+    """
+    if BASELINE not in cfg.draft or cfg.draft[BASELINE].kind != BASELINE:
+        raise InputError(
+            "a score needs the baseline", where="draft", mend="add none to the list, as in draft=[none,lookup]"
+        )
+
+
 def run_score(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> Artifact:
     """Score all drafts, or find the score.
 
@@ -117,16 +136,13 @@ def run_score(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]
         InputError: no baseline among the drafts, no held-out prompt, or a draft that does not fit the target.
         ScoreError: the measurements contradict themselves.
     """
-    if BASELINE not in {context.cfg.draft[name].kind for name in drafts} or BASELINE not in drafts:
-        raise InputError(
-            "a score needs the baseline", where="draft", mend="add none to the list, as in draft=[none,lookup]"
-        )
+    check_baseline(context.cfg)
     return context.store.obtain(
         score_spec(context, corpus, drafts), make=lambda work: _make(context, corpus, drafts, work)
     )
 
 
-class ScoreError(RuntimeError):
+class ScoreError(StageFailed):
     """The measurements cannot be right: a speedup above tau, or greedy output that rounding does not explain."""
 
 
@@ -140,8 +156,8 @@ def read_records(path: Path) -> list[Record]:
     """Records of a score, a torn last line left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [Record.from_json(line) for line in lines[:-1] if line]
+    lines = path.read_bytes().split(b"\n")  # split before decoding: a torn line may end inside a character
+    return [Record.from_json(line.decode("utf-8")) for line in lines[:-1] if line]
 
 
 def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], work: Work) -> None:
@@ -253,9 +269,10 @@ def _score_plan(
 
 
 def _fast_seconds(seconds_per_token: dict[str, float], cfg: ScoreConfig) -> float:
-    """Seconds per token, summed over the arms that will probably pass the screening."""
+    """Seconds per token, summed over the arms that will probably pass the screening; the baseline always does."""
     base = seconds_per_token[BASELINE]
-    return sum(s for s in seconds_per_token.values() if base / s >= cfg.screen_below)
+    drafts = (s for name, s in seconds_per_token.items() if name != BASELINE)
+    return base + sum(s for s in drafts if base / s >= cfg.screen_below)
 
 
 def _choose_blocks(
@@ -323,19 +340,23 @@ def _measure(
 ) -> None:
     """Decode what has no records yet, appending all arms of a prompt and temperature at once."""
     cfg = context.cfg
-    records = read_records(path)
-    write_text(path, "".join(record.to_json() + "\n" for record in records))  # drops a torn last line
+    order = [prompt.id for prompt in prompts]
+    records = whole_records(read_records(path), order, plan, arms=list(arms), below=cfg.score.screen_below)
+    write_text(path, "".join(record.to_json() + "\n" for record in records))  # drops what was torn
     done = {(record.prompt_id, record.temperature) for record in records}
-    slow: set[str] | None = None
+    running = list(arms)
     with path.open("a", encoding="utf-8") as stream:
         for number, prompt in enumerate(tracked(prompts, "score", unit="prompts")):
-            if plan.screen_at and number >= plan.screen_at and slow is None:
-                slow = _slow_arms(records, {p.id for p in prompts[: plan.screen_at]}, cfg.score.screen_below)
+            if plan.screen_at and number == plan.screen_at:
+                slow = slow_arms(records, set(order[: plan.screen_at]), cfg.score.screen_below)
+                for arm, speedup in slow.items():
+                    logger.info("%s: speedup %.2f so far, measured no further", arm, speedup)
+                running = [arm for arm in arms if arm not in slow]
             for temperature in cfg.score.temperatures:
                 if (prompt.id, temperature) in done:
                     continue
                 new = score_prompt(
-                    [arm for name, arm in arms.items() if name not in (slow or set())],
+                    [arms[name] for name in running],
                     prompt,
                     settings=cfg.decode.settings(temperature),
                     max_new_tokens=cfg.decode.max_new_tokens,
@@ -347,31 +368,61 @@ def _measure(
                 records += new
 
 
-def _slow_arms(records: list[Record], prompt_ids: set[str], below: float) -> set[str]:
-    """Arms whose speedup over the first prompts is under the bar."""
-    cards = scorecards([r for r in records if r.prompt_id in prompt_ids], resamples=1)
-    slow = {arm for arm in {r.arm for r in records} - {BASELINE} if find_card(cards, arm).speedup.value < below}
-    for arm in sorted(slow):
-        logger.info("%s: speedup %.2f so far, measured no further", arm, find_card(cards, arm).speedup.value)
-    return slow
+def whole_records(
+    records: list[Record], order: list[str], plan: ScorePlan, *, arms: list[str], below: float
+) -> list[Record]:
+    """Leave out the last request unless all its arms are there: a kill or a full disk may have cut it anywhere.
+
+    Args:
+        records: as read back.
+        order: ids of the prompts in the order they are decoded.
+        plan: of this score.
+        arms: all of them, in the order their records are written.
+        below: see `ScoreConfig.screen_below`.
+    """
+    if not records:
+        return []
+    last = (records[-1].prompt_id, records[-1].temperature)
+    running = arms
+    if plan.screen_at and order.index(last[0]) >= plan.screen_at:
+        slow = slow_arms(records, set(order[: plan.screen_at]), below)
+        running = [arm for arm in arms if arm not in slow]
+    if records[-1].arm == running[-1]:
+        return records
+    return [record for record in records if (record.prompt_id, record.temperature) != last]
+
+
+def slow_arms(records: list[Record], prompt_ids: set[str], below: float) -> dict[str, float]:
+    """Arms whose speedup over the first prompts is under the bar, its interval's upper end included, with that speedup."""
+    cards = scorecards([r for r in records if r.prompt_id in prompt_ids], resamples=_SCREEN_RESAMPLES)
+    drafts = sorted({r.arm for r in records} - {BASELINE})
+    speedups = {arm: find_card(cards, arm).speedup for arm in drafts}
+    return {arm: speedup.value for arm, speedup in speedups.items() if speedup.high < below}
 
 
 def check_scorecards(cards: list[Scorecard]) -> None:
     """Refuse measurements that cannot be right.
 
+    Speeds are compared with tau over all prompts and temperatures together: cards of a domain rest on a handful of
+    requests, and among dozens of such intervals some lie above 1 by chance alone.
+
     Raises:
-        ScoreError: a speedup above tau beyond its interval (the baseline was handicapped), or a greedy mismatch that
-            is no near-tie (decoding was not lossless).
+        ScoreError: a speedup above tau beyond doubt (the baseline was handicapped), or a greedy mismatch that is no
+            near-tie (decoding was not lossless).
     """
     for card in cards:
-        place = f"{card.arm}, {card.domain}, temperature {card.temperature}"
-        if card.arm != BASELINE and card.speedup_over_tau.low > 1.0:
-            raise ScoreError(
-                f"speedup {card.speedup.value:.3f} is above tau {card.tau.value:.3f} ({place}): "
-                "the baseline is handicapped"
-            )
+        place = f"{card.arm}, {card.domain}, temperature {'all' if card.temperature is None else card.temperature}"
+        pooled = card.domain == OVERALL and card.temperature is None and card.arm != BASELINE
+        if pooled and card.speedup_over_tau.low > 1.0:
+            message = f"speedup {card.speedup.value:.3f} is above tau {card.tau.value:.3f} [{place}]"
+            if card.speedup_over_tau.low > _ABOVE_TAU:
+                raise ScoreError(f"{message}: the baseline is handicapped; score again on an idle machine")
+            logger.warning("%s, by no more than noise", message)
         if card.unexplained:
-            raise ScoreError(f"{card.unexplained} greedy outputs differ where the target has no near-tie ({place})")
+            raise ScoreError(
+                f"{card.unexplained} greedy outputs differ where the target has no near-tie [{place}]: "
+                "decoding was not lossless"
+            )
 
 
 def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, price_per_hour: float, seed: int) -> None:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from inference.errors import InputError
 from inference.records import Record
 from inference.statistics import BASELINE, Scorecard, find_card, speed_ratio
 from pipelines.artifacts import Artifact, Spec, Work
@@ -114,7 +115,11 @@ def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, 
         records: the records behind them.
         cfg: limits.
         seed: of the bootstrap.
+
+    Raises:
+        InputError: nothing was scored at the configured temperature.
     """
+    check_temperature(cfg, scored=[card.temperature for card in cards if card.temperature is not None])
     arms = list(dict.fromkeys(card.arm for card in cards))
     chosen = {arm: find_card(cards, arm, temperature=cfg.temperature) for arm in arms}
     candidates = [_candidate(card, cfg) for card in chosen.values()]
@@ -137,6 +142,21 @@ def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, 
     return Decision(winner.arm, reason, candidates, [c.arm for c in tied if c is not winner])
 
 
+def check_temperature(cfg: SelectConfig, *, scored: list[float]) -> None:
+    """Refuse a temperature that is not among the scored ones.
+
+    Raises:
+        InputError: it is not.
+    """
+    if cfg.temperature is not None and cfg.temperature not in scored:
+        known = ", ".join(f"{temperature:g}" for temperature in dict.fromkeys(scored))
+        raise InputError(
+            f"nothing is scored at temperature {cfg.temperature:g}",
+            where="select.temperature",
+            mend=f"choose one of {known}, null for all, or add it to score.temperatures",
+        )
+
+
 def _candidate(card: Scorecard, cfg: SelectConfig) -> Candidate:
     """One arm with the reason it may not win, if there is one."""
     refused = ""
@@ -144,6 +164,8 @@ def _candidate(card: Scorecard, cfg: SelectConfig) -> Candidate:
         refused = "is the baseline"
     elif card.speedup.low <= 1.0:
         refused = f"has a lower bound of {card.speedup.low:.2f}, which does not beat 1"
+    elif card.speedup.value > card.tau.value:
+        refused = f"is faster than its tau of {card.tau.value:.2f} allows: noise of the machine, not the draft's doing"
     elif cfg.max_draft_mib and card.draft_bytes > cfg.max_draft_mib * 2**20:
         refused = f"needs {card.draft_bytes / 2**20:.0f} MiB, more than {cfg.max_draft_mib:g}"
     elif card.alpha is not None and card.alpha.value < cfg.min_alpha:

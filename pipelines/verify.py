@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inference.decoder import Request, decode
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE, Pair, load_pair
+from inference.pair import DEFAULT_CACHE, Pair, load_pair, read_pair
 from inference.randomness import TorchSource
 from inference.records import tokens_digest
 from inference.sampling import SamplingSettings
@@ -77,16 +77,17 @@ def repeat(pair: Pair, check: Check) -> str:
     return tokens_digest(decoded.tokens)
 
 
-def verify(folder: Path, *, cache: Path) -> int:
+def verify(folder: Path, *, cache: Path, device: str = "auto") -> int:
     """Check the draft's files against their digests and repeat every stored request; returns how many there were.
 
     Raises:
         InputError: a file was changed, or a request gave other tokens.
     """
-    pair = load_pair(folder, cache=cache)
-    for name, digest in pair.info["draft"]["files"].items():
-        if sha256_file(folder / "draft" / name) != digest:
-            raise InputError("a file of the draft was changed or damaged", where=str(folder / "draft" / name))
+    for name, digest in read_pair(folder)["draft"]["files"].items():
+        file = folder / "draft" / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise InputError("a file of the draft was changed or damaged", where=str(file), mend="publish it again")
+    pair = load_pair(folder, device=device, cache=cache)
     checks = [Check(**row) for row in read_json(folder / CHECKS_FILE)]
     for check in checks:
         if repeat(pair, check) != check.digest:
@@ -103,9 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description="repeat a pair's scored requests")
     parser.add_argument("pair", type=Path, help="a version folder or an alias")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     words = parser.parse_args(argv)
     try:
-        count = verify(words.pair, cache=words.cache.expanduser())
+        count = verify(words.pair, cache=words.cache.expanduser(), device=words.device)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -31,7 +31,8 @@ def has_embedded_target() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+    """Put what takes long first, so that two processes end together; skip what this machine cannot run, and say why."""
+    items.sort(key=lambda item: not item.get_closest_marker("slow"))
     for item in items:
         if item.get_closest_marker("gpu"):
             import torch

@@ -165,7 +165,7 @@ class _Run:
         batch = self.batches(self.step, micro)
         with precision.arithmetic(self.cfg.precision, device=self.device):
             output = self.loss(batch)
-        output.loss_sum.backward()  # type: ignore[no-untyped-call]
+        output.loss_sum.backward()
         output.loss_sum = output.loss_sum.detach()
         return output
 

@@ -37,7 +37,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError(
-                f"corpus needs max_new_tokens and batch_size of at least 1, got {self.max_new_tokens}, {self.batch_size}"
+                f"corpus.max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens}, {self.batch_size}"
             )
         self.settings()
 

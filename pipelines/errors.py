@@ -1,0 +1,5 @@
+"""What ends a run although its input was good: the measurements or the files contradict themselves."""
+
+
+class StageFailed(RuntimeError):
+    """A stage refuses its own result. The command line prints the message as one line and exits with code 1."""

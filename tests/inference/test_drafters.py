@@ -1,0 +1,310 @@
+"""What drafters propose and remember, and which draft folders are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.drafters import Drafter, LoadContext, Proposal, load_drafter
+from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.model import ModelDrafter
+from inference.drafters.none import NoDrafter
+from inference.errors import InputError
+from inference.lookahead import Lookahead
+from inference.lookahead.confidence import ConfidenceLookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel, load_causal_model
+from inference.randomness import TorchSource
+from inference.sampling import SamplingSettings, token_probs
+from tests.inference.families import family_model
+from tests.pipelines.tiny import tokenizer, write_model
+
+CPU = torch.device("cpu")
+GREEDY = SamplingSettings()
+
+
+def _propose(
+    drafter: Drafter,
+    context: list[int],
+    *,
+    limit: int = 4,
+    lookahead: Lookahead | None = None,
+    settings: SamplingSettings = GREEDY,
+) -> Proposal:
+    return drafter.propose(
+        torch.tensor(context),
+        limit=limit,
+        lookahead=lookahead or FixedLookahead(8),
+        settings=settings,
+        generator=TorchSource.seeded(0),
+    )
+
+
+def _lookup(prompt: list[int], *, longest: int = 3, shortest: int = 1) -> LookupDrafter:
+    drafter = LookupDrafter(LookupSettings(longest=longest, shortest=shortest))
+    drafter.begin(torch.tensor(prompt))
+    return drafter
+
+
+def test_lookup_proposes_what_followed_the_longest_match() -> None:
+    # The suffix 1 2 was followed by 3 4; the suffix 2 alone, later, by 9.
+    context = [1, 2, 3, 4, 7, 2, 9, 1, 2]
+    assert _propose(_lookup(context), context, limit=2).tokens.tolist() == [3, 4]
+    assert _propose(_lookup(context, longest=1), context, limit=2).tokens.tolist() == [9, 1]
+
+
+def test_lookup_takes_the_latest_occurrence() -> None:
+    context = [1, 2, 3, 1, 2, 4, 1, 2]
+    assert _propose(_lookup(context), context, limit=1).tokens.tolist() == [4]
+
+
+def test_lookup_has_nothing_to_say_about_a_new_suffix() -> None:
+    proposal = _propose(_lookup([1, 2, 3, 4]), [1, 2, 3, 4])
+    assert (len(proposal), proposal.probs) == (0, None)
+
+
+def test_lookup_ignores_suffixes_shorter_than_asked() -> None:
+    context = [1, 2, 3, 9, 3]
+    assert _propose(_lookup(context, shortest=1), context, limit=1).tokens.tolist() == [9]
+    assert len(_propose(_lookup(context, shortest=2), context)) == 0
+
+
+def test_lookup_never_proposes_beyond_what_was_written() -> None:
+    # After the match at position 0 only 5 5 was written: two tokens, not four.
+    context = [5, 5, 5]
+    assert _propose(_lookup(context), context, limit=4).tokens.tolist() == [5]
+
+
+def test_lookup_learns_verified_tokens_as_they_come() -> None:
+    drafter = _lookup([1, 2, 3])
+    assert len(_propose(drafter, [1, 2, 3])) == 0
+    assert _propose(drafter, [1, 2, 3, 8, 9, 1, 2, 3], limit=2).tokens.tolist() == [8, 9]
+
+
+def test_lookup_forgets_the_previous_request() -> None:
+    drafter = _lookup([1, 2, 3, 1, 2])
+    drafter.begin(torch.tensor([1, 2]))
+    assert len(_propose(drafter, [1, 2])) == 0
+
+
+def test_lookup_is_silent_where_nothing_may_be_proposed() -> None:
+    context = [1, 2, 1, 2, 1]
+    assert len(_propose(_lookup(context), context, limit=0)) == 0
+    assert len(_propose(_lookup(context), context, lookahead=FixedLookahead(0))) == 0
+
+
+def test_lookup_confidence_follows_what_became_of_earlier_matches() -> None:
+    context = [1, 2] * 10
+    drafter = _lookup(context, longest=1)
+
+    def kept(threshold: float) -> int:
+        return len(_propose(drafter, context, limit=1, lookahead=ConfidenceLookahead(8, threshold=threshold)))
+
+    # Nothing known: (0 + 1) / (0 + 2).
+    assert (kept(0.5), kept(0.51)) == (1, 0)
+    _propose(drafter, context, limit=4)
+    drafter.rollback(4)
+    # Four of four stood: 5 / 6.
+    assert (kept(0.83), kept(0.84)) == (1, 0)
+    _propose(drafter, context, limit=4)
+    drafter.rollback(1)
+    # One more stood and the second was refused, the rest never judged: (5 + 1) / (6 + 2).
+    assert (kept(0.75), kept(0.76)) == (1, 0)
+
+
+def test_lookup_confidence_shrinks_along_the_block() -> None:
+    context = [1, 2] * 10
+    # 1/2, 1/4, 1/8: a threshold of 0.2 is met twice.
+    proposal = _propose(_lookup(context, longest=1), context, lookahead=ConfidenceLookahead(8, threshold=0.2))
+    assert proposal.tokens.tolist() == [1, 2]
+
+
+def test_lookup_keeps_confidence_apart_by_length_of_match() -> None:
+    context = [1, 2] * 10
+    drafter = _lookup(context, longest=2)
+    _propose(drafter, context, limit=4)
+    drafter.rollback(0)
+    # The match of two failed once: 1 / 3. A match of one token is untried: 1 / 2.
+    policy = ConfidenceLookahead(8, threshold=0.45)
+    assert len(_propose(drafter, context, limit=1, lookahead=policy)) == 0
+    assert len(_propose(drafter, [*context, 7, 2], limit=1, lookahead=policy)) == 1
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(2, 3), (1, 0), (0, 0)])
+def test_lookup_settings_are_checked(longest: int, shortest: int) -> None:
+    with pytest.raises(ValueError, match=f"need 1 <= shortest <= longest, got {shortest} and {longest}"):
+        LookupSettings(longest=longest, shortest=shortest)
+
+
+@pytest.fixture
+def model() -> CausalModel:
+    return family_model("llama")
+
+
+def _rows(model: CausalModel, context: list[int]) -> torch.Tensor:
+    """All rows of an uncached pass, `[T, V]`."""
+    with torch.inference_mode():
+        rows: torch.Tensor = model.model(input_ids=torch.tensor([context]), use_cache=False).logits[0]
+    return rows
+
+
+def test_model_drafter_proposes_its_own_greedy_continuation(model: CausalModel) -> None:
+    drafter, context = ModelDrafter(model), [4, 9, 2]
+    drafter.begin(torch.tensor(context))
+    proposal = _propose(drafter, context)
+    written = list(context)
+    for token in proposal.tokens.tolist():
+        assert token == int(_rows(model, written)[-1].argmax())
+        written.append(token)
+    assert proposal.probs is None
+
+
+def test_model_drafter_hands_over_the_rows_it_sampled_from(model: CausalModel) -> None:
+    settings = SamplingSettings(temperature=0.7, top_k=9, top_p=0.9, repetition_penalty=1.2)
+    drafter, context = ModelDrafter(model), torch.tensor([4, 9, 2])
+    drafter.begin(context)
+    proposal = _propose(drafter, context.tolist(), settings=settings)
+    rows = _rows(model, [*context.tolist(), *proposal.tokens.tolist()])[2:]
+    expected = token_probs(rows, context=context, block=proposal.tokens, settings=settings)[: len(proposal)]
+    assert proposal.probs is not None and len(proposal) == 4
+    torch.testing.assert_close(proposal.probs, expected, rtol=1e-9, atol=1e-12)
+    assert bool((proposal.probs.gather(1, proposal.tokens[:, None]) > 0).all())
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3, 4])
+def test_model_drafter_cache_after_a_verdict_holds_verified_tokens_only(model: CausalModel, accepted: int) -> None:
+    drafter, context = ModelDrafter(model), [4, 9, 2]
+    drafter.begin(torch.tensor(context))
+    tokens = _propose(drafter, context).tokens.tolist()
+    # Context and three of four proposed tokens were fed; the fourth never is.
+    assert drafter.cache.length == 6
+    drafter.rollback(accepted)
+    assert drafter.cache.length == min(6, 3 + accepted)
+    # The next block starts from the accepted tokens and the target's own: as a fresh drafter would.
+    longer = [*context, *tokens[:accepted], 11]
+    fresh = ModelDrafter(model)
+    fresh.begin(torch.tensor(longer))
+    assert _propose(drafter, longer).tokens.tolist() == _propose(fresh, longer).tokens.tolist()
+
+
+@pytest.mark.parametrize("limit", [0, 4])
+def test_model_drafter_catches_up_after_rounds_without_a_proposal(model: CausalModel, limit: int) -> None:
+    drafter, context = ModelDrafter(model), [4, 9, 2]
+    drafter.begin(torch.tensor(context))
+    policy = ConfidenceLookahead(4, threshold=1.0)  # nothing is ever that certain
+    for token in (5, 6, 7):
+        assert len(_propose(drafter, context, limit=limit, lookahead=policy)) == 0
+        drafter.rollback(0)
+        context = [*context, token]
+    fresh = ModelDrafter(model)
+    fresh.begin(torch.tensor(context))
+    assert _propose(drafter, context).tokens.tolist() == _propose(fresh, context).tokens.tolist()
+
+
+def test_model_drafter_confidence_is_its_largest_probability(model: CausalModel) -> None:
+    drafter, context = ModelDrafter(model), [4, 9, 2]
+    drafter.begin(torch.tensor(context))
+    largest = float(torch.softmax(_rows(model, context)[-1], -1).max())
+    drafter.begin(torch.tensor(context))
+    assert len(_propose(drafter, context, limit=1, lookahead=ConfidenceLookahead(4, threshold=largest - 1e-6))) == 1
+    drafter.begin(torch.tensor(context))
+    assert len(_propose(drafter, context, limit=1, lookahead=ConfidenceLookahead(4, threshold=largest + 1e-6))) == 0
+
+
+def test_model_drafter_counts_weights_and_cache(model: CausalModel) -> None:
+    drafter = ModelDrafter(model)
+    assert drafter.nbytes() == model.nbytes()
+    drafter.begin(torch.tensor([1, 2, 3]))
+    assert drafter.nbytes() == model.nbytes() + drafter.cache.nbytes() > model.nbytes()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> CausalModel:
+    folder = write_model(tmp_path_factory.mktemp("target"))
+    return load_causal_model(folder, precision="fp32", device=CPU)
+
+
+def _load(folder: Path, target: CausalModel) -> Drafter:
+    assert target.folder is not None
+    return load_drafter(LoadContext(folder, target.folder, target, "fp32", CPU))
+
+
+def _spec(folder: Path, content: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "draft.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_folders_load_as_the_kind_they_name(tmp_path: Path, target: CausalModel) -> None:
+    assert isinstance(_load(_spec(tmp_path / "none", {"kind": "none"}), target), NoDrafter)
+    lookup = _load(_spec(tmp_path / "lookup", {"kind": "lookup", "longest": 5, "shortest": 2}), target)
+    assert isinstance(lookup, LookupDrafter)
+    assert lookup.settings == LookupSettings(longest=5, shortest=2)
+    model = _load(_spec(write_model(tmp_path / "model", layers=1), {"kind": "model"}), target)
+    assert isinstance(model, ModelDrafter)
+
+
+@pytest.mark.parametrize(("weight_format", "kept"), [("nf4", None), ("int8", [0, 2])])
+def test_quantized_folders_need_no_weights(
+    tmp_path: Path, target: CausalModel, weight_format: str, kept: list[int] | None
+) -> None:
+    spec = {"kind": "quantized", "format": weight_format, "kept_layers": kept}
+    drafter = _load(_spec(tmp_path / "draft", spec), target)
+    assert isinstance(drafter, ModelDrafter) and drafter.kind == "quantized"
+    assert drafter.model.model.config.num_hidden_layers == (len(kept) if kept else 3)
+    assert drafter.nbytes() < target.nbytes()
+    drafter.begin(torch.tensor([1, 2, 3]))
+    assert len(_propose(drafter, [1, 2, 3])) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "draft.json is not JSON"),
+        ([1], "draft.json names no kind"),
+        ({"longest": 3}, "draft.json names no kind"),
+        ({"kind": 3}, "draft.json names no kind"),
+        ({"kind": "wizard"}, "unknown kind 'wizard' .*: choose one of lookup, model, none, quantized"),
+        ({"kind": "../model"}, "unknown kind"),
+        ({"kind": "__init__"}, "unknown kind"),
+        ({"kind": "lookup"}, "look-up settings are off: 'longest'"),
+        ({"kind": "lookup", "longest": 1, "shortest": 2}, "look-up settings are off: need 1 <= shortest"),
+        ({"kind": "quantized", "format": "nf3"}, "unknown format 'nf3'; choose one of nf4, int8"),
+        ({"kind": "quantized", "format": "nf4", "kept_layers": 3}, "quantized draft"),
+        ({"kind": "quantized", "format": "nf4", "kept_layers": [0, 9]}, "cannot keep layer 9 of 3"),
+        ({"kind": "model"}, "no config.json here"),
+    ],
+)
+def test_malformed_draft_folders_are_refused_in_one_line(
+    tmp_path: Path, target: CausalModel, content: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        _load(_spec(tmp_path / "draft", content), target)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_draft_is_refused(tmp_path: Path, target: CausalModel) -> None:
+    with pytest.raises(InputError, match=r"no draft here .*draft.json.*: point at a folder that holds draft.json"):
+        _load(tmp_path, target)
+
+
+def test_a_draft_with_another_vocabulary_size_is_refused(tmp_path: Path, target: CausalModel) -> None:
+    folder = write_model(tmp_path / "draft", vocabulary=tokenizer(extra=["<one more>"]))
+    with pytest.raises(InputError, match=f"the draft has {target.vocab_size + 1} tokens, the target"):
+        _load(_spec(folder, {"kind": "model"}), target)
+
+
+def test_a_draft_with_another_tokenizer_is_refused(tmp_path: Path, target: CausalModel) -> None:
+    assert target.folder is not None
+    folder = tmp_path / "draft"
+    shutil.copytree(target.folder, folder)
+    file = folder / "tokenizer.json"
+    # Two letters trade their ids: the same size, another meaning.
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match="the draft's tokenizer differs, for example at '[ab]'"):
+        _load(_spec(folder, {"kind": "model"}), target)
