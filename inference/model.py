@@ -165,8 +165,16 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """Cut a model down to some of its decoder layers, in place, configuration and cache indices included."""
+    """Cut a model down to some of its decoder layers, in place, configuration and cache indices included.
+
+    Raises:
+        InputError: a layer the model does not have, or none at all.
+    """
     layers = decoder_layers(model)
+    unknown = [i for i in kept if not 0 <= i < len(layers)]
+    if unknown or not kept:
+        what = f"layer {unknown[0]}" if unknown else "no layer"
+        raise InputError(f"cannot keep {what} of {len(layers)}", mend="name layers that the model has")
     chosen = [layers[i] for i in kept]
     del layers[:]
     layers.extend(chosen)
@@ -230,13 +238,14 @@ def load_causal_model(
         kept_layers: decoder layers to keep, in order; None keeps all.
 
     Raises:
-        InputError: missing folder, missing, truncated or non-finite weights.
+        InputError: missing folder, missing, truncated, incomplete or non-finite weights.
     """
     check_model_folder(folder)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=storage_dtype(precision),
                 attn_implementation=attention,
                 quantization_config=quantization,
@@ -250,6 +259,14 @@ def load_causal_model(
                 where=str(folder),
                 mend="check or fetch the folder again",
             ) from None
+    # transformers would fill what is missing with random numbers and say so in a notice.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights lack {len(missing)} tensors, for example {missing[0]}",
+            where=str(folder),
+            mend="fetch or build the folder again",
+        )
     check_finite(model, where=str(folder))
     if kept_layers is not None:
         keep_layers(model, kept_layers)

@@ -23,9 +23,9 @@ class ModelDrafter:
         self._valid = 0
 
     def begin(self, prompt: torch.Tensor) -> None:
-        """Prefill all but the anchor."""
+        """Prefill all but the anchor, unless that is more than this model's context holds."""
         self._cache.rollback(0)
-        if prompt.shape[0] > 1:
+        if 1 < prompt.shape[0] <= self.model.context_limit:
             self.model.logits(prompt[:-1], self._cache, num_rows=1)
         self._valid = self._cache.length
 
@@ -34,6 +34,8 @@ class ModelDrafter:
     ) -> Proposal:
         """See `Drafter.propose`."""
         self._context_length = context.shape[0]
+        # The last proposed token is never fed. A draft may hold less context than the target; then it falls silent.
+        limit = min(limit, self.model.context_limit - context.shape[0] + 1)
         pending = context[self._valid :]
         tokens = context[:0]
         rows: list[torch.Tensor] = []

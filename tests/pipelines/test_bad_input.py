@@ -171,7 +171,7 @@ def locked(scene: Scene) -> None:
 
 
 def refusing(scene: Scene) -> None:
-    with listening(None) as address:
+    with listening(lambda handler: None) as address:
         pass  # closed again, so nobody listens there
     server_words(scene, address)
 
@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def listening(answer: Callable[[Handler], object] | None, scene: Scene | None = None) -> Iterator[str]:
+def listening(answer: Callable[[Handler], object], scene: Scene | None = None) -> Iterator[str]:
     """A real HTTP server on a free port; yields its address."""
     handler = type("Answer", (Handler,), {"act": staticmethod(answer)})
     server = HTTPServer(("127.0.0.1", 0), handler)

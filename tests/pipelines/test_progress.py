@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from pipelines import progress
 from pipelines.progress import tracked
 
 
@@ -14,7 +13,7 @@ from pipelines.progress import tracked
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds shown to the module; each test moves them."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now[0])
     return now
 
 

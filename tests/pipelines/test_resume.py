@@ -87,7 +87,6 @@ def assert_published_once(place: Workplace) -> None:
     assert len((place.registry / "events.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_ten_kills_at_random_moments_end_with_the_same_pair(
     runner: Runner, unbroken: Workplace, tiny_place: Workplace, tmp_path: Path
 ) -> None:

@@ -1,0 +1,120 @@
+"""Which arithmetic a profile chooses, by hand-made profiles; and that a machine is measured once."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import device_profile as module
+from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, profile_from_json
+from inference.precision import available_precisions
+from inference.target import TargetConfig
+from tests.pipelines.tiny import write_model
+
+
+def _profile(passes: dict[str, list[float]], *, spread: float = 0.0) -> DeviceProfile:
+    """Milliseconds for passes of 1, 4, 6, 8, 16, 32 tokens."""
+    by_width = {name: {w: t / 1e3 for w, t in zip(WIDTHS, row, strict=True)} for name, row in passes.items()}
+    spreads = {name: {w: spread / 1e3 for w in WIDTHS} for name in passes}
+    train = {"fp32": {"layer": 3.0, "head": 1.0}, "bf16": {"layer": 1.0, "head": 2.0}}
+    return DeviceProfile("machine", {"torch": "1"}, by_width, spreads, train)
+
+
+FP32, PACKED, BF16 = [30, 40, 42, 45, 70, 110], [20, 30, 35, 40, 60, 130], [15, 60, 90, 120, 240, 90]
+
+
+def test_each_use_gets_its_own_fastest_arithmetic() -> None:
+    profile = _profile({"fp32": FP32, "fp16_packed": PACKED, "bf16": BF16})
+    # One token: bf16's 15. Blocks of 4, 6, 8: 127, 105, 270. 32 tokens: bf16's 90.
+    assert profile.baseline_precision == "bf16"
+    assert profile.block_precision == "fp16_packed"
+    assert profile.generation_precision == "bf16"
+    # 3 + 1 against 1 + 2.
+    assert profile.train_precision == "bf16"
+
+
+@pytest.mark.parametrize(("spread", "chosen"), [(1.0, "bf16"), (2.4, "bf16"), (2.6, "fp16_packed")])
+def test_the_baseline_takes_the_blocks_arithmetic_when_the_two_cannot_be_told_apart(spread: float, chosen: str) -> None:
+    # 20 against 15 milliseconds differ by less than both spreads together from 2.5 on.
+    assert _profile({"fp16_packed": PACKED, "bf16": BF16}, spread=spread).baseline_precision == chosen
+
+
+def test_a_single_arithmetic_serves_all() -> None:
+    profile = _profile({"fp32": FP32})
+    assert {profile.baseline_precision, profile.block_precision, profile.generation_precision} == {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("width", "milliseconds"),
+    [
+        (1, 30.0),
+        (4, 40.0),
+        (32, 110.0),
+        # Between 1 and 4, 4 and 6, 16 and 32 in a straight line.
+        (2, 30.0 + 10.0 / 3.0),
+        (5, 41.0),
+        (24, 90.0),
+        # Beyond 32 the last line goes on: 40 milliseconds per 16 tokens.
+        (48, 150.0),
+        (64, 190.0),
+        (0, 30.0),
+    ],
+)
+def test_seconds_between_measured_widths_are_linear(width: int, milliseconds: float) -> None:
+    assert 1e3 * _profile({"fp32": FP32}).pass_seconds("fp32", width) == pytest.approx(milliseconds)
+
+
+def test_a_profile_survives_json() -> None:
+    profile = _profile({"fp32": FP32, "bf16": BF16}, spread=0.5)
+    assert profile_from_json(json.loads(json.dumps(asdict(profile)))) == profile
+
+
+def test_the_table_holds_milliseconds() -> None:
+    assert _profile({"fp32": FP32}).table() == [["fp32", "30.0", "40.0", "42.0", "45.0", "70.0", "110.0"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("target"), layers=1)
+
+
+def test_measuring_times_every_arithmetic_at_every_width(folder: Path) -> None:
+    profile = measure(folder, device=torch.device("cpu"))
+    assert list(profile.passes) == available_precisions(torch.device("cpu"))
+    for precision, row in profile.passes.items():
+        assert tuple(row) == tuple(profile.spread[precision]) == WIDTHS
+        assert all(seconds > 0.0 for seconds in row.values())
+        assert all(seconds >= 0.0 for seconds in profile.spread[precision].values())
+    assert set(profile.train) == {"fp32", "bf16"}
+    assert all(seconds > 0.0 for row in profile.train.values() for seconds in row.values())
+
+
+def test_a_machine_is_measured_once_per_shape(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Path] = []
+
+    def pretend(folder: Path, **_: object) -> DeviceProfile:
+        measured.append(folder)
+        return _profile({"fp32": FP32})
+
+    monkeypatch.setattr(module, "measure", pretend)
+    cache = tmp_path / "cache"
+    first = device_profile(TargetConfig(path=str(folder)), cache)
+    assert device_profile(TargetConfig(path=str(folder)), cache) == first
+    assert len(measured) == 1
+    # Other weights of the same shape take as long; another shape does not.
+    device_profile(TargetConfig(path=str(write_model(tmp_path / "same", layers=1, seed=3))), cache)
+    assert len(measured) == 1
+    device_profile(TargetConfig(path=str(write_model(tmp_path / "deeper", layers=2))), cache)
+    assert len(measured) == 2
+    assert not list((cache / "profiles").glob("*.partial"))
+
+
+def test_other_versions_are_measured_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(module, "measure", lambda *_, **__: measured.append("") or _profile({"fp32": FP32}))
+    device_profile(TargetConfig(path=str(folder)), tmp_path)
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    device_profile(TargetConfig(path=str(folder)), tmp_path)
+    assert len(measured) == 2

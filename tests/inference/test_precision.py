@@ -1,0 +1,111 @@
+"""Packed arithmetics give the plain model's numbers, share what was shared, and are counted in bytes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from inference.model import load_causal_model
+from inference.precision import (
+    PRECISIONS,
+    PackedFloatLinear,
+    PackedHalfLinear,
+    apply_precision,
+    available_precisions,
+    model_nbytes,
+    storage_dtype,
+)
+from tests.inference.families import family_model
+from tests.pipelines.tiny import write_model
+
+CPU = torch.device("cpu")
+PACKED = [p for p in ("fp32_packed", "fp16_packed") if p in available_precisions(CPU)]
+# fp16 keeps 11 bits of a weight.
+CLOSE = {"fp32_packed": 1e-5, "fp16_packed": 2e-3}
+
+
+def _linear(*, bias: bool) -> torch.nn.Linear:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return torch.nn.Linear(48, 40, bias=bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("precision", PACKED)
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (7, 48), (2, 33, 48)])
+def test_a_packed_product_equals_the_plain_one(precision: str, bias: bool, shape: tuple[int, ...]) -> None:
+    linear = _linear(bias=bias)
+    packer = {"fp32_packed": PackedFloatLinear, "fp16_packed": PackedHalfLinear}[precision]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, got = linear(x), packer(linear)(x)
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=CLOSE[precision])
+
+
+def _tiny(*, tied: bool) -> PreTrainedModel:
+    # Small weights: what is compared is rounding, and large logits would only scale it.
+    return family_model("llama", initializer_range=0.05, tie_word_embeddings=tied).model.float()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", PACKED)
+def test_a_packed_model_gives_the_plain_models_logits(precision: str, tied: bool) -> None:
+    tokens = torch.arange(10)[None]
+    with torch.inference_mode():
+        expected = _tiny(tied=tied)(input_ids=tokens).logits
+        got = apply_precision(_tiny(tied=tied), precision)(input_ids=tokens).logits
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=CLOSE[precision])
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_linear_layers_that_share_a_weight_are_packed_once(precision: str) -> None:
+    first, second, third = _linear(bias=False), _linear(bias=False), _linear(bias=False)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second, third)
+    apply_precision(model, precision)  # type: ignore[arg-type]
+    assert model[0] is model[1] and model[0] is not model[2]
+    size = {"fp32_packed": 4, "fp16_packed": 2}[precision]
+    assert model_nbytes(model) == 2 * 48 * 40 * size
+
+
+def test_bytes_of_a_plain_model_count_tied_weights_once() -> None:
+    vocabulary = 48 * 32 * 4
+    assert model_nbytes(_tiny(tied=False)) - model_nbytes(_tiny(tied=True)) == vocabulary
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_bytes_of_a_packed_model_are_its_weights(precision: str) -> None:
+    plain = _tiny(tied=False)
+    linear = sum(4 * m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear))
+    before = model_nbytes(plain)
+    after = model_nbytes(apply_precision(plain, precision))
+    assert before - after == (linear // 2 if precision == "fp16_packed" else 0)
+
+
+@pytest.mark.parametrize("precision", available_precisions(CPU))
+def test_a_folder_loads_in_every_arithmetic_on_offer(tmp_path: Path, precision: str) -> None:
+    folder = write_model(tmp_path / "model", layers=1)
+    plain = load_causal_model(folder, precision="fp32", device=CPU)
+    model = load_causal_model(folder, precision=precision, device=CPU)
+    tokens = torch.arange(40, 52)
+    expected, got = (m.logits(tokens, m.new_cache(), num_rows=12).float() for m in (plain, model))
+    # bf16 keeps 8 bits: agreement is judged against the spread of the logits.
+    error = float((got - expected).abs().max() / expected.std())
+    assert error < {"bf16": 0.2}.get(precision, 0.02)
+    # The head maps the very states it is given, whatever they were packed into.
+    states = model.states(tokens[None])[0]
+    torch.testing.assert_close(model.head(states).float(), got, rtol=0.0, atol=0.1 if precision == "bf16" else 1e-4)
+
+
+def test_unknown_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"unknown precision 'fp8'; choose one of {', '.join(PRECISIONS)}"):
+        apply_precision(_tiny(tied=True), "fp8")
+
+
+def test_every_precision_on_offer_has_a_storage_dtype() -> None:
+    assert set(available_precisions(CPU)) <= set(PRECISIONS)
+    assert available_precisions(torch.device("cuda")) == ["fp32", "bf16", "fp16"]
+    assert storage_dtype("bf16") == torch.bfloat16
+    assert storage_dtype("fp16") == torch.float16
+    assert {storage_dtype(p) for p in ("fp32", "fp32_packed", "fp16_packed")} == {torch.float32}
