@@ -5,8 +5,10 @@ found through the package's record of files, checked against its known digest, c
 place, and renamed into it.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import logging
 import os
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from inference.errors import InputError
 from inference.model import quiet_transformers
@@ -43,9 +46,10 @@ def embedded_target(cache: Path) -> Path:
         with FileLock(cache / f".{FOLDER_NAME}.lock"):
             if not folder.is_dir():
                 _convert(_verified_gguf(), folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(
-            f"cannot write the model cache: {error.strerror}", where=str(cache), mend="free space or set paths.cache"
+            f"cannot write the model cache: {reason}", where=str(cache), mend="free space or set paths.cache"
         ) from None
     return folder
 
@@ -81,7 +85,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     logger.info("converting %s once, about half a minute", gguf.name)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    with quiet_transformers():
+    # The bar of the GGUF reader cannot be turned off by a setting.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The loaded object still counts as quantized, which save_pretrained refuses; its weights are plain by now.

@@ -48,20 +48,22 @@ def generate_batch(
         model: the target.
         prompts: token ids of each prompt, no padding.
         settings: sampling; a repetition penalty is not supported here.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; a row also ends where its own prompt leaves no more room in the context.
         stop_tokens: each ends a row.
         seed: fixes every draw of this batch.
         keep_states: whether to return the head's inputs.
 
     Raises:
         ValueError: a repetition penalty was asked for.
-        InputError: a prompt does not fit the context.
+        InputError: a prompt is empty or does not fit the context.
     """
     if settings.repetition_penalty != 1.0:
         raise ValueError("batched generation has no repetition penalty; set repetition_penalty=1")
+    for prompt in prompts:
+        check_prompt_length(len(prompt), model.context_limit)
     longest = max(len(prompt) for prompt in prompts)
-    check_prompt_length(longest, model.context_limit)
-    steps = min(max_new_tokens, model.context_limit - longest)
+    budgets = [min(max_new_tokens, model.context_limit - len(prompt)) for prompt in prompts]
+    steps = max(budgets)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     ids, mask = _left_padded(prompts, device=model.device)
     # One column per step, so that a pass extends the mask without copying it.
@@ -73,7 +75,8 @@ def generate_batch(
     with model.captured_states() as states:
         for step in range(steps):
             width = longest + step
-            positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            # Ballast rows may run past the context; where they look does not matter, only that it exists.
+            positions = (mask[:, :width].cumsum(1) - 1).clamp(0, model.context_limit - 1)[:, -ids.shape[1] :]
             logits = model.model(
                 input_ids=ids,
                 attention_mask=mask[:, :width],
@@ -90,7 +93,7 @@ def generate_batch(
                 if keep_states:
                     kept[rows[index]].append(states[-1][index, -1])
             states.clear()
-            alive = [i for i, row in enumerate(rows) if not responses[row].stopped]
+            alive = [i for i, row in enumerate(rows) if not responses[row].stopped and step + 1 < budgets[row]]
             if not alive:
                 break
             ids = tokens[:, None]
@@ -99,14 +102,18 @@ def generate_batch(
                 index_of = torch.tensor(alive, device=model.device)
                 ids, mask, rows = ids[index_of], mask[index_of], [rows[i] for i in alive]
                 cache.batch_select_indices(index_of)
-    return [_finished(response, states_of, stop_tokens) for response, states_of in zip(responses, kept, strict=True)]
+    return [
+        _finished(response, states_of, stop_tokens, budget=budget)
+        for response, states_of, budget in zip(responses, kept, budgets, strict=True)
+    ]
 
 
-def _finished(response: Response, states: list[torch.Tensor], stop_tokens: frozenset[int]) -> Response:
+def _finished(response: Response, states: list[torch.Tensor], stop_tokens: frozenset[int], *, budget: int) -> Response:
     """Cut what a row wrote after its own end while it waited for the batch to shrink."""
-    end = next((i + 1 for i, token in enumerate(response.tokens) if token in stop_tokens), len(response.tokens))
-    stopped = end > 0 and response.tokens[end - 1] in stop_tokens
-    return Response(response.tokens[:end], torch.stack(states[:end]) if states else None, stopped)
+    tokens = response.tokens[:budget]
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    stopped = end > 0 and tokens[end - 1] in stop_tokens
+    return Response(tokens[:end], torch.stack(states[:end]) if states else None, stopped)
 
 
 def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:

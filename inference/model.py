@@ -211,7 +211,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"cannot load a tokenizer: {_first_line(error)}", where=str(folder), mend="put the tokenizer files there"
         ) from None
@@ -297,6 +297,8 @@ def check_model_folder(folder: Path) -> None:
         raise InputError("no safetensors weights here", where=str(folder), mend="convert the weights to safetensors")
     for file in files:
         expected, actual = _safetensors_bytes(file), file.stat().st_size
+        if expected is None:
+            raise InputError("not a safetensors file", where=str(file), mend="fetch or build it again")
         if expected != actual:
             raise InputError(
                 f"truncated weights: {actual} bytes where its header promises {expected}",
@@ -331,20 +333,20 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _safetensors_bytes(file: Path) -> int:
-    """Size a safetensors file must have by its own header; -1 when the header itself is off."""
+def _safetensors_bytes(file: Path) -> int | None:
+    """Size a safetensors file must have by its own header; None when the header itself is off."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            return -1
+            return None
         (length,) = struct.unpack("<Q", prefix)
         if length > file.stat().st_size:
             return 8 + int(length)
         try:
             header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return -1
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return None
     return 8 + int(length) + max(ends, default=0)
 
 

@@ -30,6 +30,7 @@ from inference.target import TargetConfig, stop_tokens, target_digest
 PAIR_FILE = "pair.json"
 SCHEMA_VERSION = 1
 DEFAULT_CACHE = Path("~/.cache/dspark")
+_KEYS = {"target": {"path", "revision", "digest", "attention"}, "draft": set(), "decoding": {"precision", "lookahead"}}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Pair:
             generator=TorchSource.seeded(seed, device=self.target.device),
             on_tokens=stream.add if on_text is not None else None,
         )
+        stream.finish()
         return Generated(str(self.target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)), decoded)
 
 
@@ -144,8 +146,19 @@ class _TextStream:
     def add(self, tokens: list[int]) -> None:
         """Show what the new tokens complete."""
         self._tokens += tokens
-        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-        if self._on_text is not None and not text.endswith("\ufffd") and len(text) > self._shown:
+        text = self._text()
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def finish(self) -> None:
+        """Show what is left when nothing more comes: the last character may never have been completed."""
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        if self._on_text is not None and len(text) > self._shown:
             self._on_text(text[self._shown :])
             self._shown = len(text)
 
@@ -165,8 +178,7 @@ def read_pair(folder: Path) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"pair.json is not JSON: {error}", where=str(path), mend="publish the pair again") from None
-    wanted = {"schema_version", "target", "draft", "decoding"}
-    if not isinstance(info, dict) or not wanted <= info.keys():
+    if not isinstance(info, dict) or "schema_version" not in info:
         raise InputError("pair.json lacks keys of a pair", where=str(path), mend="publish the pair again")
     if info["schema_version"] != SCHEMA_VERSION:
         raise InputError(
@@ -174,6 +186,9 @@ def read_pair(folder: Path) -> dict[str, Any]:
             where=str(path),
             mend="use a matching version of dspark",
         )
+    for part, keys in _KEYS.items():
+        if not isinstance(info.get(part), dict) or not keys <= info[part].keys():
+            raise InputError(f"pair.json lacks keys under {part!r}", where=str(path), mend="publish the pair again")
     return info
 
 
@@ -214,9 +229,18 @@ def load_pair(
 
 
 def load_lookahead(settings: dict[str, Any]) -> Lookahead:
-    """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed."""
-    if settings["tokens"] == 0:
-        return FixedLookahead(0)
-    module = plugin("inference.lookahead", settings["kind"])
-    lookahead: Lookahead = module.Config(**settings).build(settings["tokens"])
+    """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed.
+
+    Raises:
+        InputError: unknown kind, or settings that it does not take.
+    """
+    try:
+        if settings["tokens"] == 0:
+            return FixedLookahead(0)
+        module = plugin("inference.lookahead", settings["kind"])
+        lookahead: Lookahead = module.Config(**settings).build(settings["tokens"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"lookahead settings are off: {error}", where=PAIR_FILE, mend="publish the pair again"
+        ) from None
     return lookahead

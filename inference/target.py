@@ -11,6 +11,7 @@ import torch
 from inference.embedded import embedded_target
 from inference.errors import InputError
 from inference.model import CausalModel, check_model_folder, load_causal_model
+from inference.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("target.path is empty; use `embedded`, a model folder or a Hugging Face id")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ValueError(f"target.precision is {self.precision!r}; use auto or one of {', '.join(PRECISIONS)}")
 
     def torch_device(self) -> torch.device:
         """The device asked for.
@@ -47,12 +50,13 @@ class TargetConfig:
         """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        unknown = InputError(f"no device {self.device!r}", where="target.device", mend="use auto, cpu or cuda")
         try:
             device = torch.device(self.device)
         except RuntimeError:
-            raise InputError(
-                f"no device {self.device!r}", where="target.device", mend="use auto, cpu or cuda"
-            ) from None
+            raise unknown from None
+        if device.type not in ("cpu", "cuda"):
+            raise unknown
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("no GPU that torch can use", where="target.device", mend="use target.device=cpu")
         return device

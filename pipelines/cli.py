@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # GNU OpenMP reads this when torch is imported. Its default spins for milliseconds at every barrier, so that one busy
-    # neighbour on the machine makes each pass ten times dearer; this much spinning costs nothing when it is idle.
+    # GNU OpenMP reads this when torch is imported. Its default spins for milliseconds at every barrier, so that one
+    # busy neighbour on the machine makes each pass many times dearer; this much spinning costs nothing on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _dispatch(words)

@@ -393,7 +393,7 @@ def whole_records(
 
 
 def slow_arms(records: list[Record], prompt_ids: set[str], below: float) -> dict[str, float]:
-    """Arms whose speedup over the first prompts is under the bar, its interval's upper end included, with that speedup."""
+    """Arms whose speedup over the first prompts is under the bar, interval included, with that speedup."""
     cards = scorecards([r for r in records if r.prompt_id in prompt_ids], resamples=_SCREEN_RESAMPLES)
     drafts = sorted({r.arm for r in records} - {BASELINE})
     speedups = {arm: find_card(cards, arm).speedup for arm in drafts}

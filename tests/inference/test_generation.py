@@ -67,9 +67,9 @@ def test_kept_states_predict_the_tokens() -> None:
     stop = frozenset({greedy_reference(model, torch.tensor(prompts[0]), 4)[-1]})
     for prompt, response in zip(prompts, _generate(model, prompts, stop=stop, keep_states=True), strict=True):
         assert response.states is not None
-        assert model.head(response.states).argmax(-1).tolist() == response.tokens
         sequence = torch.tensor([[*prompt, *response.tokens]])
         with torch.inference_mode():
+            assert model.head(response.states).argmax(-1).tolist() == response.tokens
             forced = model.states(sequence)[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(response.states, forced, rtol=1e-9, atol=1e-9)
 

@@ -1,5 +1,7 @@
 """One whole run of the tiny workplace, shared by all tests of a process: the machine is measured once."""
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -36,3 +38,13 @@ def finished(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
         patch.chdir(place.root)
         out, code = run(place.words())
     return Finished(place, code, out)
+
+
+@pytest.fixture(autouse=True)
+def closed_logs() -> Iterator[None]:
+    """Close the log file that Hydra opened for the last run of a test and leaves to the end of the process."""
+    yield
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h) is logging.FileHandler]:
+        root.removeHandler(handler)
+        handler.close()
