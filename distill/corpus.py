@@ -83,10 +83,12 @@ def read_shard(folder: Path, index: int) -> list[Sample]:
     try:
         tensors = load_file(stem.with_suffix(".safetensors"))
         lines = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(
             f"unreadable shard: {str(error).splitlines()[0]}", where=str(stem), mend="build the corpus again"
         ) from None
+    if not _fit_together(tensors):
+        raise InputError("the tensors do not fit together", where=str(stem), mend="build the corpus again")
     lengths = tensors["lengths"].tolist()
     if len(lines) != len(lengths):
         raise InputError(
@@ -124,6 +126,19 @@ def read_corpus(folder: Path) -> list[Sample]:
     if count == 0:
         raise InputError("the corpus holds no shards", where=str(folder), mend="run `dspark corpus`")
     return [sample for index in range(count) for sample in read_shard(folder, index)]
+
+
+def _fit_together(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a shard holds its tensors, with a row for every token and a state for every supervised one."""
+    if not {"tokens", "mask", "lengths"} <= tensors.keys():
+        return False
+    total = int(tensors["lengths"].sum())
+    states = tensors.get("states")
+    return (
+        tensors["tokens"].shape == (total,)
+        and tensors["mask"].shape == (total,)
+        and (states is None or states.shape[0] == int(tensors["mask"].bool().sum()))
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:

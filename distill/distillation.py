@@ -13,6 +13,7 @@ from distill.corpus import Sample
 from distill.objectives import Objective
 from inference.errors import InputError
 from inference.model import CausalModel
+from inference.precision import storage_dtype
 
 
 @dataclass(frozen=True)
@@ -172,4 +173,4 @@ def capture_states(target: CausalModel, samples: list[Sample]) -> list[Sample]:
 
 
 def _head_dtype(target: CausalModel) -> torch.dtype:
-    return torch.bfloat16 if target.precision == "bf16" else torch.float32
+    return storage_dtype(target.precision)

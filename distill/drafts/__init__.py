@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from inference.drafters import DRAFT_FILE
-from inference.model import CausalModel
+from inference.model import CausalModel, quiet_transformers
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKENIZER_GLOBS = ("*.model", "vocab.*", "merges.txt", "added_tokens.json")
@@ -91,6 +91,7 @@ def save_model(model: CausalModel, folder: Path, *, tokenizer_from: Path) -> Non
     """Save a student's weights as bf16 safetensors with its configuration, tokenizer and `draft.json`."""
     state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.model.state_dict().items()}
     model.model.config.dtype = torch.bfloat16
-    model.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    with quiet_transformers():
+        model.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     copy_tokenizer(tokenizer_from, folder)
     write_spec(folder, {"kind": "model"})

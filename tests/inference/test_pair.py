@@ -189,7 +189,7 @@ def test_the_target_may_lie_elsewhere_but_must_be_the_same(
         ("\xff", "pair.json is not JSON"),
         ("[]", "pair.json lacks keys of a pair"),
         ("{}", "pair.json lacks keys of a pair"),
-        ('{"schema_version": 2}', "pair.json has schema 2, this code reads 1: use a matching version|has schema 2"),
+        ('{"schema_version": 2}', "pair.json has schema 2, this code reads 1 .*: use a matching version"),
         ('{"schema_version": 1}', "pair.json lacks keys under 'target'"),
         ('{"schema_version": 1, "target": {"path": "x"}}', "pair.json lacks keys under 'target'"),
     ],
@@ -203,7 +203,7 @@ def test_a_folder_without_a_readable_pair_is_refused(tmp_path: Path, content: st
 
 
 def test_a_draft_of_an_unknown_kind_is_refused(write_pair: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="unknown kind 'os': choose one of|unknown kind 'os' "):
+    with pytest.raises(InputError, match="unknown kind 'os' .*: choose one of"):
         _load(write_pair({"kind": "os"}))
 
 
