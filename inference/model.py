@@ -243,7 +243,7 @@ def load_causal_model(
     check_model_folder(folder)
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 output_loading_info=True,
                 dtype=storage_dtype(precision),
@@ -259,8 +259,9 @@ def load_causal_model(
                 where=str(folder),
                 mend="check or fetch the folder again",
             ) from None
+    model: PreTrainedModel = loaded[0]
     # transformers would fill what is missing with random numbers and say so in a notice.
-    missing = sorted(report["missing_keys"])
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise InputError(
             f"the weights lack {len(missing)} tensors, for example {missing[0]}",

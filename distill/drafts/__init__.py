@@ -89,9 +89,17 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def save_model(model: CausalModel, folder: Path, *, tokenizer_from: Path) -> None:
     """Save a student's weights as bf16 safetensors with its configuration, tokenizer and `draft.json`."""
-    state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.model.state_dict().items()}
-    model.model.config.dtype = torch.bfloat16
+    # Tied weights are one tensor and stay one, or the file would hold the embedding twice.
+    halved: dict[int, torch.Tensor] = {}
+    state = {
+        name: halved.setdefault(tensor.data_ptr(), tensor.detach().to(torch.bfloat16))
+        for name, tensor in model.model.state_dict().items()
+    }
     with quiet_transformers():
         model.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    # save_pretrained writes the dtype of the model in memory, which is not that of the file.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**config, "dtype": "bfloat16"}, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     copy_tokenizer(tokenizer_from, folder)
     write_spec(folder, {"kind": "model"})

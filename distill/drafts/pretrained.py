@@ -1,6 +1,9 @@
 """Any smaller checkpoint with the target's tokenizer, distilled fully, by LoRA, or by QLoRA (peft)."""
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,14 @@ from inference.errors import InputError
 from inference.model import CausalModel, load_causal_model
 
 _ADAPTERS = ("none", "lora", "qlora")
+
+
+@contextmanager
+def _newer_transformers() -> Iterator[None]:
+    """Keep a notice to peft's authors off the user's terminal: peft 0.21 asks transformers 5.23 by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 @dataclass(kw_only=True)
@@ -89,7 +100,8 @@ class Config(TrainedConfig):
             target_modules="all-linear",
         )
         # get_peft_model puts adapters into the model in place and freezes the rest.
-        self._peft: Any = get_peft_model(model.model, config)
+        with _newer_transformers():
+            self._peft: Any = get_peft_model(model.model, config)
         return model
 
     def _save_merged(self, model: CausalModel, base: Path, folder: Path, context: DraftContext) -> None:
@@ -99,6 +111,7 @@ class Config(TrainedConfig):
         adapter = folder / ".adapter"
         self._peft.save_pretrained(adapter, safe_serialization=True)
         full = load_causal_model(base, precision="fp32", device=context.device)
-        merged = PeftModel.from_pretrained(full.model, adapter).merge_and_unload()
+        with _newer_transformers():
+            merged = PeftModel.from_pretrained(full.model, adapter).merge_and_unload()
         save_model(CausalModel(merged, folder=base), folder, tokenizer_from=base)
         shutil.rmtree(adapter)

@@ -99,7 +99,7 @@ def shard(tmp_path: Path) -> Path:
 def test_a_torn_token_file_is_refused(shard: Path, length: int) -> None:
     file = shard.with_suffix(".safetensors")
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(InputError, match="unreadable shard: .*: build the corpus again") as caught:
+    with pytest.raises(InputError, match=r"unreadable shard: .*: build the corpus again") as caught:
         read_shard(shard.parent, 0)
     assert "\n" not in str(caught.value)
 
@@ -149,5 +149,5 @@ def test_a_gap_between_shards_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the corpus holds no shards .*: run `dspark corpus`"):
+    with pytest.raises(InputError, match=r"the corpus holds no shards .*: run `dspark corpus`"):
         read_corpus(tmp_path)

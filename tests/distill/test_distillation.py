@@ -14,7 +14,9 @@ DOMAINS = ("chat", "code", "maths")
 
 
 def _model(*, seed: int, layers: int = 2, spread: float = 0.15) -> CausalModel:
-    return CausalModel(family_model("llama", seed=seed, num_hidden_layers=layers, initializer_range=spread).model.float())
+    return CausalModel(
+        family_model("llama", seed=seed, num_hidden_layers=layers, initializer_range=spread).model.float()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +204,7 @@ def test_without_validation_samples_there_is_nothing_to_report(target: CausalMod
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_target_in_half_precision_teaches_too(target: CausalModel, precision: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    half = CausalModel(_model(seed=0).model.to(dtype), precision=precision)  # type: ignore[arg-type]
+    half = CausalModel(_model(seed=0).model.to(dtype), precision=precision)
     whole, rounded = _distillation(target), _distillation(half)
     with torch.no_grad():
         losses = [float(d.loss(whole.batch(0, 0)).loss) for d in (whole, rounded)]

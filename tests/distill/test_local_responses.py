@@ -25,7 +25,8 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> CausalModel:
 
 
 def _context(tokenizer: PreTrainedTokenizerFast, *stops: str) -> AnswerContext:
-    ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", *stops))
+    vocabulary = tokenizer.get_vocab()
+    ids = frozenset(vocabulary[token] for token in ("<|im_end|>", *stops))
     return AnswerContext(tokenizer=tokenizer, stop_tokens=ids, model=_model(tokenizer))
 
 

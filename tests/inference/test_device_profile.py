@@ -1,6 +1,7 @@
 """Which arithmetic a profile chooses, by hand-made profiles; and that a machine is measured once."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from inference.target import TargetConfig
 from tests.pipelines.tiny import write_model
 
 
-def _profile(passes: dict[str, list[float]], *, spread: float = 0.0) -> DeviceProfile:
+def _profile(passes: Mapping[str, Sequence[float]], *, spread: float = 0.0) -> DeviceProfile:
     """Milliseconds for passes of 1, 4, 6, 8, 16, 32 tokens."""
     by_width = {name: {w: t / 1e3 for w, t in zip(WIDTHS, row, strict=True)} for name, row in passes.items()}
     spreads = {name: {w: spread / 1e3 for w in WIDTHS} for name in passes}
@@ -91,18 +92,23 @@ def test_measuring_times_every_arithmetic_at_every_width(folder: Path) -> None:
     assert all(seconds > 0.0 for row in profile.train.values() for seconds in row.values())
 
 
-def test_a_machine_is_measured_once_per_shape(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[Path] = []
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Puts a pretended measurement in place; the folders it was given."""
+    seen: list[Path] = []
 
     def pretend(folder: Path, **_: object) -> DeviceProfile:
-        measured.append(folder)
+        seen.append(folder)
         return _profile({"fp32": FP32})
 
     monkeypatch.setattr(module, "measure", pretend)
+    return seen
+
+
+def test_a_machine_is_measured_once_per_shape(folder: Path, tmp_path: Path, measured: list[Path]) -> None:
     cache = tmp_path / "cache"
     first = device_profile(TargetConfig(path=str(folder)), cache)
     assert device_profile(TargetConfig(path=str(folder)), cache) == first
-    assert len(measured) == 1
     # Other weights of the same shape take as long; another shape does not.
     device_profile(TargetConfig(path=str(write_model(tmp_path / "same", layers=1, seed=3))), cache)
     assert len(measured) == 1
@@ -111,9 +117,9 @@ def test_a_machine_is_measured_once_per_shape(folder: Path, tmp_path: Path, monk
     assert not list((cache / "profiles").glob("*.partial"))
 
 
-def test_other_versions_are_measured_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[str] = []
-    monkeypatch.setattr(module, "measure", lambda *_, **__: measured.append("") or _profile({"fp32": FP32}))
+def test_other_versions_are_measured_anew(
+    folder: Path, tmp_path: Path, measured: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     device_profile(TargetConfig(path=str(folder)), tmp_path)
     monkeypatch.setattr(torch, "__version__", "99.0")
     device_profile(TargetConfig(path=str(folder)), tmp_path)

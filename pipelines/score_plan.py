@@ -1,0 +1,137 @@
+"""What is fixed before the first held-out prompt is decoded: block lengths, and how many prompts fit the time.
+
+Chosen on validation prompts alone, written at once, and read back by a score that was interrupted.
+"""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distill.prompts import rank
+from inference.lookahead import Lookahead
+from inference.lookahead.fixed import FixedLookahead
+from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, score_prompt
+from inference.statistics import BASELINE
+from pipelines.context import RunContext
+from pipelines.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """Fixed after the warm-up and before the first held-out prompt.
+
+    Attributes:
+        blocks: block length and how it was chosen, by draft.
+        prompts: ids of the held-out prompts, in the order they are decoded.
+        screen_at: number of prompts after which slow arms are dropped; 0 never.
+    """
+
+    blocks: dict[str, BlockChoice]
+    prompts: list[str]
+    screen_at: int
+
+
+def _by_domain(prompts: list[ScorePrompt], seed: int) -> list[list[ScorePrompt]]:
+    """Prompts of each domain in a seeded order."""
+    domains = sorted({p.domain for p in prompts})
+    return [sorted((p for p in prompts if p.domain == d), key=lambda p: rank(p.id, seed=seed)) for d in domains]
+
+
+def _round_robin(groups: list[list[ScorePrompt]], per_group: int) -> list[ScorePrompt]:
+    """The first prompts of each group, one of each in turn."""
+    return [group[i] for i in range(per_group) for group in groups if i < len(group)]
+
+
+def make_score_plan(
+    context: RunContext,
+    arms: dict[str, Arm],
+    prompts: dict[str, list[ScorePrompt]],
+    stops: frozenset[int],
+    path: Path,
+) -> ScorePlan:
+    """Read the plan of an interrupted score, or choose block lengths and count prompts and fix both."""
+    if path.is_file():
+        data = read_json(path)
+        return ScorePlan(
+            {name: BlockChoice(**choice) for name, choice in data["blocks"].items()}, data["prompts"], data["screen_at"]
+        )
+    cfg = context.cfg
+    validation = _round_robin(_by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
+    start = time.monotonic()
+    blocks, seconds_per_token = _choose_blocks(context, arms, validation, stops)
+    spent = time.monotonic() - start
+    groups = _by_domain(prompts["heldout"], cfg.seed)
+    count = cfg.budget.score_prompts
+    if count is None:
+        per_prompt = cfg.decode.max_new_tokens * len(cfg.score.temperatures) * sum(seconds_per_token.values())
+        fast = (
+            cfg.decode.max_new_tokens
+            * len(cfg.score.temperatures)
+            * _fast_seconds(seconds_per_token, cfg.score.screen_below)
+        )
+        left = cfg.budget.score_minutes * 60 - spent
+        screened = cfg.score.screen_after
+        # Up to the screening every arm runs; after it, those that are not clearly slow.
+        count = screened + int((left / len(groups) - screened * per_prompt) / fast) if screened else 0
+        count = max(2, count if screened else int(left / len(groups) / per_prompt))
+    chosen = _round_robin(groups, count)
+    screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
+    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at)
+    write_json(path, asdict(plan))
+    lengths = ", ".join(f"{name} {choice.tokens}" for name, choice in blocks.items())
+    logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
+    return plan
+
+
+def _fast_seconds(seconds_per_token: dict[str, float], screen_below: float) -> float:
+    """Seconds per token, summed over the arms that will probably pass the screening; the baseline always does."""
+    base = seconds_per_token[BASELINE]
+    drafts = (s for name, s in seconds_per_token.items() if name != BASELINE)
+    return base + sum(s for s in drafts if base / s >= screen_below)
+
+
+def _choose_blocks(
+    context: RunContext, arms: dict[str, Arm], validation: list[ScorePrompt], stops: frozenset[int]
+) -> tuple[dict[str, BlockChoice], dict[str, float]]:
+    """Block length of every draft, and seconds per token of every arm, both from validation prompts."""
+    cfg = context.cfg
+    settings = [cfg.decode.settings(t) for t in cfg.score.temperatures]
+    blocks: dict[str, BlockChoice] = {}
+    seconds: dict[str, float] = {}
+    for name, arm in arms.items():
+        if name != BASELINE:
+            choice = choose_block(
+                arm,
+                validation,
+                longest=cfg.lookahead.tokens or cfg.lookahead.longest_auto,
+                settings=settings,
+                max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
+                stop_tokens=stops,
+                pass_seconds=lambda width: context.plan.profile.pass_seconds(context.plan.block_precision, width),
+                seed=cfg.seed,
+            )
+            if cfg.lookahead.tokens:
+                choice = BlockChoice(cfg.lookahead.tokens, choice.conditional, choice.draft_seconds, choice.expected)
+            blocks[name] = choice
+        timed = with_lookahead(context, arm, blocks.get(name))
+        records = score_prompt(
+            [Arm(BASELINE, timed.target, timed.drafter, timed.lookahead)],
+            validation[0],
+            settings=settings[0],
+            max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
+            stop_tokens=stops,
+            seed=cfg.seed,
+        )
+        seconds[name] = records[0].total_seconds / records[0].emitted
+    return blocks, seconds
+
+
+def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None) -> Arm:
+    """The arm with the policy it is scored under."""
+    lookahead: Lookahead = FixedLookahead(0) if choice is None else context.cfg.lookahead.build(choice.tokens)
+    return Arm(arm.name, arm.target, arm.drafter, lookahead)
