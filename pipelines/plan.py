@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
 
 # Time beside the products that the profile measures: attention, padding, sampling, Python. From runs on two CPUs.
-_GENERATION_OVERHEAD = 1.5
-_TRAINING_OVERHEAD = 1.4
+_GENERATION_OVERHEAD = 2.2
+_TRAINING_OVERHEAD = 1.8
 _MEAN_PROMPT_TOKENS = 110
 _MEAN_RESPONSE_SHARE = 0.75
 
