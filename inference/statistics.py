@@ -37,7 +37,7 @@ class Scorecard:
         arm: draft name.
         domain: a domain, or `overall`.
         temperature: a temperature, or None for all of them together.
-        prompts: requests behind the figures.
+        requests: prompts times temperatures behind the figures.
         tokens: tokens emitted.
         tau: emitted tokens per target pass, bonus included.
         tau_draft: accepted draft tokens per target pass, bonus not included.
@@ -62,7 +62,7 @@ class Scorecard:
     arm: str
     domain: str
     temperature: float | None
-    prompts: int
+    requests: int
     tokens: int
     tau: Estimate
     tau_draft: Estimate
@@ -194,7 +194,7 @@ def _scorecard(
         arm=arm,
         domain=domain,
         temperature=temperature,
-        prompts=len(mine),
+        requests=len(mine),
         tokens=int(emitted[0]),
         tau=_estimate(tau),
         tau_draft=_estimate(_ratio(accepted, passes)),

@@ -9,13 +9,13 @@ from inference.statistics import OVERALL, Estimate, Scorecard
 
 def scorecard_rows(cards: list[Scorecard]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the summary: every arm, domain and temperature."""
-    header = ["draft", "domain", "T", "prompts", "tau", "alpha", "speedup", "expected", "tokens/s", "draft MiB"]
+    header = ["draft", "domain", "T", "requests", "tau", "alpha", "speedup", "expected", "tokens/s", "draft MiB"]
     rows = [
         [
             card.arm,
             card.domain,
             "all" if card.temperature is None else f"{card.temperature:g}",
-            str(card.prompts),
+            str(card.requests),
             interval(card.tau),
             interval(card.alpha),
             interval(card.speedup),
@@ -115,6 +115,7 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
             values = [e.value for e in card.conditional]
             right.plot(range(1, len(values) + 1), values, marker="o", label=f"{card.arm}, T={card.temperature:g}")
     right.set_xlabel("position in the block")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylabel("acceptance, given the earlier ones")
     right.set_ylim(0, 1)
     if right.lines:  # nothing was proposed when target-only decoding was the only arm

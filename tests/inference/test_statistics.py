@@ -72,7 +72,7 @@ def _total(records: list[Record], *parts: str) -> float:
 def test_figures_by_hand() -> None:
     records = [_record(arm, prompt) for prompt in ("p", "q") for arm in ("none", "draft")]
     card = find_card(scorecards(records, price_per_hour=3.6, resamples=50), "draft", temperature=0.0)
-    assert (card.prompts, card.tokens) == (2, 24)
+    assert (card.requests, card.tokens) == (2, 24)
     # 12 tokens in 4 passes; 8 of 10 verified tokens stood.
     assert card.tau.value == 3.0
     assert card.tau_draft.value == 2.0
@@ -117,7 +117,7 @@ def test_figures_equal_plain_sums_over_the_chosen_records(domain: str, temperatu
     speedup = speed / (sum(r.emitted for r in base) / _total(base))
     expected = (emitted / passes) * (_total(base, "verify") / sum(r.passes for r in base))
     expected /= _total(mine, *PARTS[1:]) / passes
-    assert (card.prompts, card.tokens) == (len(mine), emitted)
+    assert (card.requests, card.tokens) == (len(mine), emitted)
     assert card.tau.value == pytest.approx(emitted / passes)
     assert card.tau_draft.value == pytest.approx(accepted / passes)
     assert card.alpha is not None
