@@ -246,6 +246,8 @@ def test_bf16_trains_over_fp32_master_weights(tmp_path: Path) -> None:
 def test_unresolved_precision_and_nothing_to_train_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="precision is still auto"):
         tiny.run(tmp_path, tiny.network(), precision="auto")
+    with pytest.raises(TrainingError, match="steps is 0"):
+        tiny.run(tmp_path, tiny.network(), steps=0)
     with pytest.raises(TrainingError, match="no parameter requires a gradient"):
         tiny.run(tmp_path, tiny.network().requires_grad_(False))
 
@@ -253,7 +255,7 @@ def test_unresolved_precision_and_nothing_to_train_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "trainer.steps is 0: choose 1 or more"),
+        ({"steps": -1}, "trainer.steps is -1: choose 0 or more"),
         ({"clip_norm": -1.0}, "trainer.clip_norm is -1.0: choose 0 or more"),
         ({"clip_norm": math.nan}, "trainer.clip_norm is nan"),
         ({"precision": "fp8"}, "trainer.precision is 'fp8': choose one of fp32, bf16, auto"),
