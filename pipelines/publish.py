@@ -233,7 +233,7 @@ def _model_card(context: RunContext, decision: Decision, cards: list[Scorecard],
         f"# {cfg.publish.name} {version}: {decision.winner} draft for {cfg.target.path}\n\n"
         f"Chosen because: {decision.reason}. Decoding is lossless: the output is the target's own.\n\n"
         f"Measured on {context.plan.device}; tau counts the bonus token; intervals are 95 % bootstraps over the "
-        f"prompts of {winner.prompts} requests.\n\n{table}\n## All candidates\n\n{candidates}\n"
+        f"prompts of {winner.requests} requests.\n\n{table}\n## All candidates\n\n{candidates}\n"
         "## Use\n\n```python\nfrom inference.pair import load_pair\n"
         f'pair = load_pair("{cfg.paths.registry / cfg.publish.name / version}")\n'
         'print(pair.generate("Why is the sky blue?").text)\n```\n\n'
