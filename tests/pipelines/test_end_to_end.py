@@ -200,7 +200,7 @@ def test_every_figure_follows_from_the_records(finished: Finished) -> None:
         for name, expected in interval_free(chosen, card["arm"]).items():
             found = card[name] and card[name]["value"]
             assert found == (None if expected is None else pytest.approx(expected)), (card["arm"], card["domain"], name)
-        assert card["prompts"] == sum(r["arm"] == card["arm"] for r in chosen)
+        assert card["requests"] == sum(r["arm"] == card["arm"] for r in chosen)
 
 
 def test_intervals_are_bootstraps_over_prompts(finished: Finished) -> None:
