@@ -12,7 +12,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format clean
+.PHONY: help env demo test check kills format clean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ check: env  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kills: env  ## kill -9 a small run ten times, and compare what it ends with (about 10 minutes)
+	$(BIN)/python .ci/kills.py $(ARGS)
 
 format: env  ## mend formatting and what the linter can mend
 	$(BIN)/ruff check --fix .

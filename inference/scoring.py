@@ -100,6 +100,7 @@ def score_prompt(
             ),
         )
     reference = decoded[BASELINE].tokens
+    reference_precision = next(arm.target.precision for arm in arms if arm.name == BASELINE)
     return [
         record_of(
             decoded[arm.name],
@@ -111,7 +112,9 @@ def score_prompt(
             prompt_tokens=prompt.tokens.shape[0],
             draft_bytes=arm.drafter.nbytes(),
             target_bytes=arm.target.nbytes(),
-            mismatch=explain_mismatch(arm.target, prompt.tokens, decoded[arm.name].tokens, reference)
+            mismatch=explain_mismatch(
+                arm.target, prompt.tokens, decoded[arm.name].tokens, reference, reference_precision=reference_precision
+            )
             if settings.greedy
             else None,
         )
@@ -120,11 +123,19 @@ def score_prompt(
 
 
 def explain_mismatch(
-    target: CausalModel, prompt: torch.Tensor, tokens: list[int], reference: list[int]
+    target: CausalModel, prompt: torch.Tensor, tokens: list[int], reference: list[int], *, reference_precision: str
 ) -> Mismatch | None:
     """Where greedy tokens leave the reference, and whether rounding explains it; None when they are the same.
 
-    A repetition penalty is not applied to the margin.
+    The two may come from different arithmetics, since target-only decoding gets its own fastest one; then the coarser
+    of the two says what counts as a near-tie. A repetition penalty is not applied to the margin.
+
+    Args:
+        target: that verified the tokens; margins are its own.
+        prompt: int64 `[T]`.
+        tokens: what the arm wrote.
+        reference: what target-only decoding wrote.
+        reference_precision: in which it did.
     """
     if tokens == reference:
         return None
@@ -135,7 +146,9 @@ def explain_mismatch(
     top = target.logits(prefix, target.new_cache(), num_rows=1)[0].float().topk(2)
     margin = float(top.values[0] - top.values[1])
     pair = {*tokens[position : position + 1], *reference[position : position + 1]}
-    near_tie = pair == set(top.indices.tolist()) and margin <= NEAR_TIE[target.precision]
+    near_tie = pair == set(top.indices.tolist()) and margin <= max(
+        NEAR_TIE[target.precision], NEAR_TIE[reference_precision]
+    )
     return Mismatch(position=position, margin=margin, near_tie=near_tie)
 
 

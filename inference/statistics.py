@@ -22,11 +22,26 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % percentile bootstrap interval over prompts."""
+    """A figure and its 95 % percentile bootstrap interval over prompts.
+
+    The ends are None where there is no interval: a single prompt says nothing of the spread between prompts.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def surely_above(self, bound: float) -> bool:
+        """Whether the whole interval lies above a bound; never without an interval."""
+        return self.low is not None and self.low > bound
+
+    def surely_below(self, bound: float) -> bool:
+        """Whether the whole interval lies below a bound; never without an interval."""
+        return self.high is not None and self.high < bound
+
+    def __str__(self) -> str:
+        interval = "no interval" if self.low is None or self.high is None else f"{self.low:.2f}, {self.high:.2f}"
+        return f"{self.value:.2f} [{interval}]"
 
 
 @dataclass(frozen=True)
@@ -147,12 +162,13 @@ class _Bootstrap:
         total: Array = self.weights @ per_prompt
         return total
 
-
-def _estimate(ratio: Array) -> Estimate:
-    """Value of the sample (entry 0) and the interval of the resamples, those without a denominator left out."""
-    defined = ratio[1:][np.isfinite(ratio[1:])]
-    low, high = np.quantile(defined, [0.025, 0.975]) if defined.size else (np.nan, np.nan)
-    return Estimate(float(ratio[0]), float(low), float(high))
+    def estimate(self, ratio: Array) -> Estimate:
+        """Value of the sample (entry 0) and the interval of the resamples, those without a denominator left out."""
+        defined = ratio[1:][np.isfinite(ratio[1:])]
+        if len(self.index) < 2 or not defined.size:
+            return Estimate(float(ratio[0]), None, None)
+        low, high = np.quantile(defined, [0.025, 0.975])
+        return Estimate(float(ratio[0]), float(low), float(high))
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
@@ -196,18 +212,18 @@ def _scorecard(
         temperature=temperature,
         requests=len(mine),
         tokens=int(emitted[0]),
-        tau=_estimate(tau),
-        tau_draft=_estimate(_ratio(accepted, passes)),
-        alpha=_estimate(_ratio(accepted, proposed)) if proposed[0] else None,
-        conditional=[_estimate(_ratio(a, p)) for a, p in zip(accepted_at, proposed_at, strict=True)],
-        survival=[_estimate(_ratio(a, drafts)) for a in accepted_at],
-        mean_acceptance_length=_estimate(1.0 + _ratio(accepted, drafts)) if drafts[0] else None,
+        tau=boot.estimate(tau),
+        tau_draft=boot.estimate(_ratio(accepted, passes)),
+        alpha=boot.estimate(_ratio(accepted, proposed)) if proposed[0] else None,
+        conditional=[boot.estimate(_ratio(a, p)) for a, p in zip(accepted_at, proposed_at, strict=True)],
+        survival=[boot.estimate(_ratio(a, drafts)) for a in accepted_at],
+        mean_acceptance_length=boot.estimate(1.0 + _ratio(accepted, drafts)) if drafts[0] else None,
         mean_block=sum(int(length) * n for r in mine for length, n in r.blocks.items()) / float(passes[0]),
-        tokens_per_s=_estimate(speed),
-        speedup=_estimate(speedup),
-        expected_speedup=_estimate(expected),
-        efficiency=_estimate(_ratio(speedup, expected)),
-        speedup_over_tau=_estimate(_ratio(speedup, tau)),
+        tokens_per_s=boot.estimate(speed),
+        speedup=boot.estimate(speedup),
+        expected_speedup=boot.estimate(expected),
+        efficiency=boot.estimate(_ratio(speedup, expected)),
+        speedup_over_tau=boot.estimate(_ratio(speedup, tau)),
         seconds={
             part: sum(r.seconds[part] for r in mine) / (len(mine) if part == "prefill" else float(passes[0]))
             for part in PARTS
@@ -261,4 +277,4 @@ def speed_ratio(
         mine = [sides[name][key] for key in common]
         return _ratio(boot.sums(mine, lambda r: r.emitted), boot.sums(mine, lambda r: r.total_seconds))
 
-    return _estimate(_ratio(speed(arm), speed(other)))
+    return boot.estimate(_ratio(speed(arm), speed(other)))

@@ -224,10 +224,7 @@ def _model_card(context: RunContext, decision: Decision, cards: list[Scorecard],
     table = markdown_table(header, rows)
     candidates = markdown_table(
         ["draft", "speedup", "tau", "may win"],
-        [
-            [c.arm, f"{c.speedup:.2f} [{c.low:.2f}, {c.high:.2f}]", f"{c.tau:.2f}", c.refused or "yes"]
-            for c in decision.candidates
-        ],
+        [[c.arm, str(c.speedup), f"{c.tau:.2f}", c.refused or "yes"] for c in decision.candidates],
     )
     return (
         f"# {cfg.publish.name} {version}: {decision.winner} draft for {cfg.target.path}\n\n"
@@ -248,7 +245,7 @@ def summary(decision: Decision) -> list[list[str]]:
     return [
         [
             c.arm,
-            f"{c.speedup:.2f} [{c.low:.2f}, {c.high:.2f}]",
+            str(c.speedup),
             f"{c.tau:.2f}",
             f"{c.draft_bytes / 2**20:.0f}",
             "winner" if c.arm == decision.winner else c.refused or "slower",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from inference.scoring import BlockChoice
 from inference.statistics import OVERALL, Estimate, Scorecard
@@ -36,7 +37,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def interval(estimate: Estimate | None) -> str:
     """A figure and its interval, or a dash."""
-    return "-" if estimate is None else f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return "-" if estimate is None else str(estimate)
 
 
 def scorecard_markdown(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]) -> str:
@@ -103,7 +104,7 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
             [e.value for _, e in shown],
             width,
             label=domain,
-            yerr=[[max(0.0, e.value - e.low) for _, e in shown], [max(0.0, e.high - e.value) for _, e in shown]],
+            yerr=[_error_bars([e for _, e in shown], side="low"), _error_bars([e for _, e in shown], side="high")],
             capsize=2,
         )
     left.axhline(1.0, color="black", linewidth=0.8)
@@ -122,3 +123,9 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
         right.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _error_bars(estimates: list[Estimate], *, side: Literal["low", "high"]) -> list[float]:
+    """Lengths of the bars below or above the values; none where there is no interval."""
+    ends = [estimate.low if side == "low" else estimate.high for estimate in estimates]
+    return [0.0 if end is None else abs(e.value - end) for e, end in zip(estimates, ends, strict=True)]

@@ -138,7 +138,7 @@ def _existing(context: RunContext, spec: Spec, stage: str) -> Artifact:
 
 
 def _speedup_of(decision: Decision) -> float:
-    return next(c.speedup for c in decision.candidates if c.arm == decision.winner)
+    return next(c.speedup.value for c in decision.candidates if c.arm == decision.winner)
 
 
 def _timed(stage: str, work: Callable[[], Output]) -> Output:

@@ -282,7 +282,7 @@ def slow_arms(records: list[Record], prompt_ids: set[str], below: float) -> dict
     cards = scorecards([r for r in records if r.prompt_id in prompt_ids], resamples=_SCREEN_RESAMPLES)
     drafts = sorted({r.arm for r in records} - {BASELINE})
     speedups = {arm: find_card(cards, arm).speedup for arm in drafts}
-    return {arm: speedup.value for arm, speedup in speedups.items() if speedup.high < below}
+    return {arm: speedup.value for arm, speedup in speedups.items() if speedup.surely_below(below)}
 
 
 def check_scorecards(cards: list[Scorecard]) -> None:
@@ -298,9 +298,9 @@ def check_scorecards(cards: list[Scorecard]) -> None:
     for card in cards:
         place = f"{card.arm}, {card.domain}, temperature {'all' if card.temperature is None else card.temperature}"
         pooled = card.domain == OVERALL and card.temperature is None and card.arm != BASELINE
-        if pooled and card.speedup_over_tau.low > 1.0:
+        if pooled and card.speedup_over_tau.surely_above(1.0):
             message = f"speedup {card.speedup.value:.3f} is above tau {card.tau.value:.3f} [{place}]"
-            if card.speedup_over_tau.low > _ABOVE_TAU:
+            if card.speedup_over_tau.surely_above(_ABOVE_TAU):
                 raise ScoreError(f"{message}: the baseline is handicapped; score again on an idle machine")
             logger.warning("%s, by no more than noise", message)
         if card.unexplained:

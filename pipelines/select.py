@@ -6,7 +6,7 @@ from typing import Any
 
 from inference.errors import InputError
 from inference.records import Record
-from inference.statistics import BASELINE, Scorecard, find_card, speed_ratio
+from inference.statistics import BASELINE, Estimate, Scorecard, find_card, speed_ratio
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
@@ -44,18 +44,14 @@ class Candidate:
 
     Attributes:
         arm: draft name.
-        speedup: measured, with its interval's ends.
-        low: lower end.
-        high: upper end.
+        speedup: measured, with its interval.
         tau: emitted tokens per target pass.
         draft_bytes: memory of the draft.
         refused: why it may not win; empty when it may.
     """
 
     arm: str
-    speedup: float
-    low: float
-    high: float
+    speedup: Estimate
     tau: float
     draft_bytes: int
     refused: str
@@ -102,7 +98,8 @@ def run_select(context: RunContext, score: Artifact) -> Artifact:
 def read_decision(artifact: Artifact) -> Decision:
     """Read a decision artifact."""
     data: dict[str, Any] = read_json(artifact.path / DECISION_FILE)
-    return Decision(**{**data, "candidates": [Candidate(**c) for c in data["candidates"]]})
+    candidates = [Candidate(**{**c, "speedup": Estimate(**c["speedup"])}) for c in data["candidates"]]
+    return Decision(**{**data, "candidates": candidates})
 
 
 def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, seed: int) -> Decision:
@@ -123,7 +120,7 @@ def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, 
     arms = list(dict.fromkeys(card.arm for card in cards))
     chosen = {arm: find_card(cards, arm, temperature=cfg.temperature) for arm in arms}
     candidates = [_candidate(card, cfg) for card in chosen.values()]
-    candidates.sort(key=lambda c: -c.speedup)
+    candidates.sort(key=lambda c: -c.speedup.value)
     eligible = [c for c in candidates if not c.refused]
     if not eligible:
         fastest = next((c for c in candidates if c.arm != BASELINE), None)
@@ -133,10 +130,10 @@ def decide(cards: list[Scorecard], records: list[Record], *, cfg: SelectConfig, 
     tied = [best] + [
         c
         for c in eligible[1:]
-        if speed_ratio(records, best.arm, c.arm, temperature=cfg.temperature, seed=seed).low <= 1.0
+        if not speed_ratio(records, best.arm, c.arm, temperature=cfg.temperature, seed=seed).surely_above(1.0)
     ]
-    winner = min(tied, key=lambda c: (c.draft_bytes, -c.speedup))
-    reason = f"speedup {winner.speedup:.2f} [{winner.low:.2f}, {winner.high:.2f}] beats target-only decoding"
+    winner = min(tied, key=lambda c: (c.draft_bytes, -c.speedup.value))
+    reason = f"speedup {winner.speedup} beats target-only decoding"
     if winner is not best:
         reason += f"; {best.arm} is not measurably faster and costs more memory"
     return Decision(winner.arm, reason, candidates, [c.arm for c in tied if c is not winner])
@@ -162,7 +159,9 @@ def _candidate(card: Scorecard, cfg: SelectConfig) -> Candidate:
     refused = ""
     if card.arm == BASELINE:
         refused = "is the baseline"
-    elif card.speedup.low <= 1.0:
+    elif card.speedup.low is None:
+        refused = "was scored on one prompt, which gives no interval"
+    elif not card.speedup.surely_above(1.0):
         refused = f"has a lower bound of {card.speedup.low:.2f}, which does not beat 1"
     elif card.speedup.value > card.tau.value:
         refused = f"is faster than its tau of {card.tau.value:.2f} allows: noise of the machine, not the draft's doing"
@@ -170,6 +169,4 @@ def _candidate(card: Scorecard, cfg: SelectConfig) -> Candidate:
         refused = f"needs {card.draft_bytes / 2**20:.0f} MiB, more than {cfg.max_draft_mib:g}"
     elif card.alpha is not None and card.alpha.value < cfg.min_alpha:
         refused = f"has acceptance {card.alpha.value:.2f}, below {cfg.min_alpha:g}"
-    return Candidate(
-        card.arm, card.speedup.value, card.speedup.low, card.speedup.high, card.tau.value, card.draft_bytes, refused
-    )
+    return Candidate(card.arm, card.speedup, card.tau.value, card.draft_bytes, refused)

@@ -116,19 +116,25 @@ class _Flat(MemoModel):
 def test_a_difference_is_a_near_tie_only_between_the_two_tokens_on_top(
     margin: float, tokens: list[int], near: bool
 ) -> None:
-    mismatch = explain_mismatch(_Flat(margin), torch.tensor([0]), tokens, [1, 1])
+    mismatch = explain_mismatch(_Flat(margin), torch.tensor([0]), tokens, [1, 1], reference_precision="fp32")
     assert mismatch is not None
     assert (mismatch.position, mismatch.near_tie) == (1, near)
     assert mismatch.margin == pytest.approx(margin, abs=1e-6)
 
 
+@pytest.mark.parametrize(("reference", "near"), [("fp32", False), ("bf16", True)])
+def test_the_coarser_arithmetic_of_the_two_says_what_is_near(reference: str, near: bool) -> None:
+    mismatch = explain_mismatch(_Flat(0.2), torch.tensor([0]), [1, 2], [1, 1], reference_precision=reference)
+    assert mismatch is not None and mismatch.near_tie is near
+
+
 def test_equal_tokens_need_no_explanation() -> None:
-    assert explain_mismatch(_Flat(0.0), torch.tensor([0]), [1, 2], [1, 2]) is None
+    assert explain_mismatch(_Flat(0.0), torch.tensor([0]), [1, 2], [1, 2], reference_precision="fp32") is None
 
 
 @pytest.mark.parametrize(("tokens", "reference"), [([1], [1, 1]), ([1, 1], [1])])
 def test_an_answer_that_merely_ends_early_is_no_near_tie(tokens: list[int], reference: list[int]) -> None:
-    mismatch = explain_mismatch(_Flat(0.001), torch.tensor([0]), tokens, reference)
+    mismatch = explain_mismatch(_Flat(0.001), torch.tensor([0]), tokens, reference, reference_precision="fp32")
     assert mismatch is not None and (mismatch.position, mismatch.near_tie) == (1, False)
 
 

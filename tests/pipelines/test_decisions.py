@@ -88,7 +88,7 @@ def test_none_wins_when_nothing_is_faster_and_says_why() -> None:
     decision = decided({"pruned": Made(1.5, 20.0)})
     assert decision.winner == "none"
     assert decision.reason == (
-        f"no draft may win: the fastest, pruned, has a lower bound of {decision.candidates[1].low:.2f}, "
+        f"no draft may win: the fastest, pruned, has a lower bound of {decision.candidates[1].speedup.low:.2f}, "
         "which does not beat 1"
     )
 
@@ -96,8 +96,15 @@ def test_none_wins_when_nothing_is_faster_and_says_why() -> None:
 def test_faster_on_average_is_not_enough() -> None:
     decision = decided({"lucky": Made(1.5, 14.0, noise=0.9)})
     [lucky] = [c for c in decision.candidates if c.arm == "lucky"]
-    assert lucky.low <= 1.0 < lucky.high
+    assert not lucky.speedup.surely_above(1.0) and not lucky.speedup.surely_below(1.0)
     assert decision.winner == "none" and "does not beat 1" in lucky.refused
+
+
+def test_one_prompt_decides_nothing() -> None:
+    records = made({"lucky": Made(2.0, 12.0)}, prompts=1)
+    decision = decide(scorecards(records), records, cfg=SelectConfig(), seed=0)
+    assert decision.winner == "none"
+    assert refused(decision)["lucky"] == "was scored on one prompt, which gives no interval"
 
 
 def test_none_alone_wins_by_default() -> None:
