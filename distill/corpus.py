@@ -29,6 +29,8 @@ class Sample:
         mask: bool `[T]`, true where the token is the assistant's own.
         states: `[mask.sum(), D]`, the target's head input that predicted each supervised token, or None.
         text: the last response as text, for people.
+        features: `[T, m * D]`, target features as a generator kept them (see `distill.features`), or None; not read
+            back with the rest.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Sample:
     mask: torch.Tensor
     states: torch.Tensor | None
     text: str
+    features: torch.Tensor | None = None
 
 
 def shard_name(index: int) -> str:
@@ -116,16 +119,21 @@ def read_shard(folder: Path, index: int) -> list[Sample]:
     return samples
 
 
-def read_corpus(folder: Path) -> list[Sample]:
-    """All samples of a corpus folder, in shard order.
+def read_shards(folder: Path) -> list[list[Sample]]:
+    """All samples of a corpus folder, shard by shard.
 
     Raises:
         InputError: no shard, or an unreadable one.
     """
-    count = len(list(folder.glob("shard-*.safetensors")))
+    count = len(list(folder.glob("shard-*.jsonl")))
     if count == 0:
         raise InputError("the corpus holds no shards", where=str(folder), mend="run `dspark corpus`")
-    return [sample for index in range(count) for sample in read_shard(folder, index)]
+    return [read_shard(folder, index) for index in range(count)]
+
+
+def read_corpus(folder: Path) -> list[Sample]:
+    """All samples of a corpus folder, in shard order; raises as `read_shards` does."""
+    return [sample for shard in read_shards(folder) for sample in shard]
 
 
 def _fit_together(tensors: dict[str, torch.Tensor]) -> bool:

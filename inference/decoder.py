@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inference.drafters import Drafter, Proposal
+from inference.drafters import Drafter, Proposal, ReadsFeatures
 from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.model import CausalModel
@@ -138,37 +138,44 @@ def decode(
     start = clock.now()
     context = _Context(prompt, capacity=prompt.shape[0] + budget)
     cache = target.new_cache()
-    with clock.part("prefill"):
-        if prompt.shape[0] > 1:
-            target.logits(prompt[:-1], cache, num_rows=1)
-        drafter.begin(prompt)
+    reader = drafter if isinstance(drafter, ReadsFeatures) else None
+    with target.tapped(reader.taps if reader else ()) as features:
+        with clock.part("prefill"):
+            drafter.begin(prompt)
+            if prompt.shape[0] > 1:
+                target.logits(prompt[:-1], cache, num_rows=1)
+                if reader:
+                    reader.read(features.take()[0])
 
-    finished = False
-    while not finished:
-        with clock.part("draft"):
-            # The target adds a token of its own to every round, so the last one needs no proposal.
-            limit = min(lookahead.max_tokens, budget - len(result.tokens) - 1)
-            proposal = drafter.propose(
-                context.tokens, limit=limit, lookahead=lookahead, settings=request.settings, generator=generator
-            )
-        with clock.part("verify"):
-            block = torch.cat([context.tokens[-1:], proposal.tokens])
-            logits = target.logits(block, cache, num_rows=len(proposal) + 1)
-        with clock.part("accept"):
-            verdict = judge(proposal, logits, context.tokens, settings=request.settings, generator=generator)
-            emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
-            result.count(len(proposal), verdict.num_accepted)
-            emitted, finished = _up_to_stop(emitted, request.stop_tokens)
-            result.tokens += emitted
-            context.append(emitted)
-            finished = finished or len(result.tokens) >= budget
-        with clock.part("cache"):
-            result.cache_nbytes = cache.nbytes()
-            cache.rollback(cache.length - len(proposal) + verdict.num_accepted)
-            drafter.rollback(verdict.num_accepted)
-            lookahead.observe(len(proposal), verdict.num_accepted)
-        if on_tokens is not None:
-            on_tokens(emitted)
+        finished = False
+        while not finished:
+            with clock.part("draft"):
+                # The target adds a token of its own to every round, so the last one needs no proposal.
+                limit = min(lookahead.max_tokens, budget - len(result.tokens) - 1)
+                proposal = drafter.propose(
+                    context.tokens, limit=limit, lookahead=lookahead, settings=request.settings, generator=generator
+                )
+            with clock.part("verify"):
+                block = torch.cat([context.tokens[-1:], proposal.tokens])
+                logits = target.logits(block, cache, num_rows=len(proposal) + 1)
+            with clock.part("accept"):
+                verdict = judge(proposal, logits, context.tokens, settings=request.settings, generator=generator)
+                emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
+                result.count(len(proposal), verdict.num_accepted)
+                emitted, finished = _up_to_stop(emitted, request.stop_tokens)
+                result.tokens += emitted
+                context.append(emitted)
+                finished = finished or len(result.tokens) >= budget
+            with clock.part("cache"):
+                result.cache_nbytes = cache.nbytes()
+                cache.rollback(cache.length - len(proposal) + verdict.num_accepted)
+                drafter.rollback(verdict.num_accepted)
+                if reader:
+                    # The anchor and what stands of the block; the next anchor has no features yet.
+                    reader.read(features.take()[0, : 1 + verdict.num_accepted])
+                lookahead.observe(len(proposal), verdict.num_accepted)
+            if on_tokens is not None:
+                on_tokens(emitted)
     result.seconds["other"] = max(0.0, clock.now() - start - result.total_seconds)
     return result
 

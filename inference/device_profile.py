@@ -20,7 +20,9 @@ import torch
 import transformers
 from filelock import FileLock
 
-from inference.model import CausalModel, decoder_layers, load_causal_model
+from inference.layers import decoder_layers
+from inference.loading import load_causal_model
+from inference.model import CausalModel
 from inference.precision import available_precisions
 from inference.target import TargetConfig, config_shape
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from inference.errors import InputError
-from inference.model import quiet_transformers
+from inference.loading import quiet_transformers
 
 logger = logging.getLogger(__name__)
 

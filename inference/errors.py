@@ -17,3 +17,8 @@ class InputError(Exception):
         place = f" [{where}]" if where else ""
         remedy = f": {mend}" if mend else ""
         super().__init__(" ".join(f"{what}{place}{remedy}".split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

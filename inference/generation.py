@@ -4,6 +4,7 @@ Not speculative and not the baseline of any comparison. Along with the tokens it
 output head for each of them, which is all that distillation needs of the target later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,11 +25,14 @@ class Response:
         tokens: token ids, the stop token included when one was reached.
         states: `[len(tokens), D]`, the head's input that predicted each token; None unless asked for.
         stopped: whether a stop token ended it.
+        features: `[len(prompt) + len(tokens), m * D]` in bf16 on the CPU, the tapped layers at every position; zeros
+            for the last token, which was never fed. None unless asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
     states: torch.Tensor | None = None
     stopped: bool = False
+    features: torch.Tensor | None = None
 
 
 @torch.inference_mode()
@@ -41,6 +45,7 @@ def generate_batch(
     stop_tokens: frozenset[int],
     seed: int,
     keep_states: bool = False,
+    taps: Sequence[int] = (),
 ) -> list[Response]:
     """Answer a batch of prompts with the model itself.
 
@@ -52,6 +57,7 @@ def generate_batch(
         stop_tokens: each ends a row.
         seed: fixes every draw of this batch.
         keep_states: whether to return the head's inputs.
+        taps: decoder layers whose outputs are returned as features.
 
     Raises:
         ValueError: a repetition penalty was asked for.
@@ -70,9 +76,10 @@ def generate_batch(
     mask = torch.cat([mask, mask.new_ones(len(prompts), steps)], dim=1)
     responses = [Response() for _ in prompts]
     kept: list[list[torch.Tensor]] = [[] for _ in prompts]
+    tapped: list[list[torch.Tensor]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     cache = model.new_cache()
-    with model.captured_states() as states:
+    with model.captured_states() as states, model.tapped(taps) as features:
         for step in range(steps):
             width = longest + step
             # Ballast rows may run past the context; where they look does not matter, only that it exists.
@@ -93,6 +100,11 @@ def generate_batch(
                 if keep_states:
                     kept[rows[index]].append(states[-1][index, -1])
             states.clear()
+            if taps:
+                rows_of = features.take().to(torch.bfloat16).cpu()
+                for index, row in enumerate(rows):
+                    # The first pass feeds the prompts, padded on the left.
+                    tapped[row].append(rows_of[index] if step else rows_of[index, longest - len(prompts[row]) :])
             alive = [i for i, row in enumerate(rows) if not responses[row].stopped and step + 1 < budgets[row]]
             if not alive:
                 break
@@ -102,10 +114,16 @@ def generate_batch(
                 index_of = torch.tensor(alive, device=model.device)
                 ids, mask, rows = ids[index_of], mask[index_of], [rows[i] for i in alive]
                 cache.batch_select_indices(index_of)
-    return [
+    finished = [
         _finished(response, states_of, stop_tokens, budget=budget)
         for response, states_of, budget in zip(responses, kept, budgets, strict=True)
     ]
+    for response, prompt, pieces in zip(finished, prompts, tapped, strict=True):
+        if pieces:
+            fed = len(prompt) + len(response.tokens) - 1
+            response.features = torch.cat([*pieces, pieces[0].new_zeros(1, pieces[0].shape[1])])[: fed + 1]
+            response.features[fed:] = 0
+    return finished
 
 
 def _finished(response: Response, states: list[torch.Tensor], stop_tokens: frozenset[int], *, budget: int) -> Response:

@@ -18,9 +18,10 @@ import torch
 from inference.decoder import Decoded, Request, decode
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.errors import InputError
+from inference.loading import load_causal_model
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
-from inference.model import CausalModel, load_causal_model
+from inference.model import CausalModel
 from inference.plugins import plugin
 from inference.precision import available_precisions
 from inference.randomness import TorchSource

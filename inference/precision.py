@@ -7,7 +7,6 @@ precision in FBGEMM's layout and computes in fp32: half the memory traffic on CP
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 PRECISIONS = ("fp32", "fp32_packed", "bf16", "fp16_packed", "fp16")
 _PACKED_ROWS_HINT = 8
@@ -66,7 +65,7 @@ _PACKERS: dict[str, type[PackedHalfLinear] | type[PackedFloatLinear]] = {
 }
 
 
-def apply_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+def apply_precision(model: nn.Module, precision: str) -> None:
     """Put a model that was loaded in `storage_dtype(precision)` into an arithmetic, in place.
 
     A packed model can no longer be trained or saved; linear layers that share a weight are packed once.
@@ -78,7 +77,7 @@ def apply_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     packer = _PACKERS.get(precision)
     if packer is None:
-        return model
+        return
     shared: dict[int, nn.Module] = {}
     with torch.no_grad():
         for parent in list(model.modules()):
@@ -86,7 +85,6 @@ def apply_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
                 if type(child) is nn.Linear:
                     packed = shared.setdefault(id(child.weight), packer(child))
                     setattr(parent, name, packed)
-    return model
 
 
 def model_nbytes(model: nn.Module) -> int:

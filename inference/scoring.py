@@ -161,12 +161,14 @@ class BlockChoice:
         conditional: acceptance by position seen on the validation prompts, smoothed.
         draft_seconds: seconds to propose one token.
         expected: expected speedup by block length, from 1.
+        block_seconds: seconds a round besides, whatever its length: what a block drafter spends in one pass.
     """
 
     tokens: int
     conditional: list[float]
     draft_seconds: float
     expected: list[float]
+    block_seconds: float = 0.0
 
 
 def choose_block(
@@ -182,8 +184,9 @@ def choose_block(
 ) -> BlockChoice:
     """Decode validation prompts with the longest block and take the length with the best expected tokens per second.
 
-    For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is l * t_draft +
-    t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one pseudo-count.
+    For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is t_block +
+    l * t_draft + t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one
+    pseudo-count. The two drafting costs come from a second pass over the first prompt with blocks of one token.
 
     Args:
         arm: its lookahead is not used.
@@ -195,33 +198,88 @@ def choose_block(
         pass_seconds: seconds of a target pass of a given width.
         seed: of the run.
     """
-    accepted, proposed, drafted, draft_seconds = [0.0] * longest, [0.0] * longest, 0, 0.0
-    for prompt in prompts:
+    accepted, proposed = [0.0] * longest, [0.0] * longest
+    long, short = _Drafting(), _Drafting()
+    for index, prompt in enumerate(prompts):
         for setting in settings:
-            request = Request(settings=setting, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-            source = TorchSource.seeded(
-                request_seed(seed, prompt.id, setting.temperature, arm.name, "block"), device=arm.target.device
-            )
-            result = decode(
-                arm.target,
-                arm.drafter,
-                prompt.tokens,
-                request=request,
-                lookahead=FixedLookahead(longest),
-                generator=source,
-            )
-            draft_seconds += result.seconds["draft"]
-            drafted += sum(length * rounds for length, rounds in result.blocks.items())
-            for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
-                accepted[k] += a
-                proposed[k] += p
-    return best_block(accepted, proposed, draft_seconds / max(drafted, 1), pass_seconds=pass_seconds)
+            for length, timed in ((longest, long), (1, short)):
+                if length == 1 and (index or longest == 1):
+                    continue
+                result = _drafted(arm, prompt, length, setting, max_new_tokens, stop_tokens, seed)
+                timed.add(result)
+                if length == 1:
+                    continue
+                for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
+                    accepted[k] += a
+                    proposed[k] += p
+    # A drafter may be unable to propose that much; what it never proposed is not considered.
+    longest = long.longest or longest
+    block_seconds, token_seconds = long.costs(short)
+    return best_block(
+        accepted[:longest],
+        proposed[:longest],
+        token_seconds,
+        block_seconds=block_seconds,
+        pass_seconds=pass_seconds,
+    )
+
+
+@dataclass
+class _Drafting:
+    """Rounds of one block length: how many, how long, and what drafting took."""
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    longest: int = 0
+
+    def add(self, result: Decoded) -> None:
+        lengths = {length: rounds for length, rounds in result.blocks.items() if length}
+        self.rounds += sum(lengths.values())
+        self.tokens += sum(length * rounds for length, rounds in lengths.items())
+        self.seconds += result.seconds["draft"]
+        self.longest = max([self.longest, *lengths])
+
+    def costs(self, short: "_Drafting") -> tuple[float, float]:
+        """Seconds a round and seconds a token besides, from rounds of two lengths (a line through two points)."""
+        if not self.rounds or not short.rounds or self.tokens <= self.rounds:
+            return 0.0, self.seconds / max(self.tokens, 1)
+        mean_length, mean, one = self.tokens / self.rounds, self.seconds / self.rounds, short.seconds / short.rounds
+        slope = min(max(0.0, (mean - one) / (mean_length - 1.0)), mean / mean_length)
+        return mean - slope * mean_length, slope
+
+
+def _drafted(
+    arm: Arm,
+    prompt: ScorePrompt,
+    block: int,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+) -> Decoded:
+    """One validation prompt under a fixed block length."""
+    return decode(
+        arm.target,
+        arm.drafter,
+        prompt.tokens,
+        request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens),
+        lookahead=FixedLookahead(block),
+        generator=TorchSource.seeded(
+            request_seed(seed, prompt.id, settings.temperature, arm.name, "block"), device=arm.target.device
+        ),
+    )
 
 
 def best_block(
-    accepted: list[float], proposed: list[float], draft_seconds: float, *, pass_seconds: Callable[[int], float]
+    accepted: list[float],
+    proposed: list[float],
+    draft_seconds: float,
+    *,
+    pass_seconds: Callable[[int], float],
+    block_seconds: float = 0.0,
 ) -> BlockChoice:
-    """The arithmetic of `choose_block`, from counts by position and seconds per proposed token."""
+    """The arithmetic of `choose_block`, from counts by position, seconds per proposed token and per round."""
     conditional: list[float] = []
     neighbour = 0.5
     for a, p in zip(accepted, proposed, strict=True):
@@ -232,6 +290,7 @@ def best_block(
     for length, chance in enumerate(conditional, start=1):
         survival *= chance
         tokens += survival
-        expected.append(tokens * pass_seconds(1) / (length * draft_seconds + pass_seconds(1 + length)))
+        drafting = block_seconds + length * draft_seconds
+        expected.append(tokens * pass_seconds(1) / (drafting + pass_seconds(1 + length)))
     best = max(range(len(expected)), key=lambda i: expected[i])
-    return BlockChoice(best + 1, conditional, draft_seconds, expected)
+    return BlockChoice(best + 1, conditional, draft_seconds, expected, block_seconds)

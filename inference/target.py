@@ -10,7 +10,8 @@ import torch
 
 from inference.embedded import embedded_target
 from inference.errors import InputError
-from inference.model import CausalModel, check_model_folder, load_causal_model
+from inference.loading import check_model_folder, load_causal_model
+from inference.model import CausalModel
 from inference.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)

@@ -4,20 +4,38 @@ Joins what `distill` knows (students, batches, losses) with what `train` knows (
 goes on from its last checkpoint and ends with the same weights.
 """
 
+import dataclasses
 import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.corpus import read_corpus
+from torch import nn
+
+from distill.corpus import Sample, read_shards
 from distill.distillation import Distillation, capture_states
-from distill.drafts import DraftContext, Student
-from inference.model import load_causal_model
+from distill.drafts import DraftContext, Student, write_spec
+from distill.feature_distillation import FeatureDistillation, FeaturesOf, covered_mass, draft_vocabulary
+from distill.features import (
+    FeatureShards,
+    capture_features,
+    feature_bytes,
+    features_path,
+    kept_taps,
+    write_features,
+)
+from inference.feature_drafts import FeatureDraftConfig, make_network, save_network
+from inference.loading import load_causal_model
+from inference.model import CausalModel
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
 from pipelines.files import content_digest, plain, write_json
 from pipelines.plan import resolved_trainer
+from pipelines.progress import tracked
 from train.loop import Batch, LossOutput, fit
 
 logger = logging.getLogger(__name__)
@@ -52,43 +70,129 @@ def run_build(context: RunContext, corpus: Artifact | None) -> dict[str, Artifac
     }
 
 
+@dataclass(frozen=True)
+class _Trainee:
+    """A draft in training, whatever its kind: what moves, what it learns from, and how it is saved."""
+
+    module: nn.Module
+    task: Distillation | FeatureDistillation
+    save: Callable[[Path], None]
+
+
 def _make(context: RunContext, name: str, corpus: Artifact | None, work: Work) -> None:
     draft = context.cfg.draft[name]
-    draft_context = DraftContext(
+    work.metrics["kind"] = draft.kind
+    if not draft.trained:
+        draft.write(_draft_context(context, work))
+        return
+    assert corpus is not None, "a trained draft needs a corpus"
+    # The head alone is used, once per supervised token; fp32 keeps teacher and student comparable.
+    target = load_causal_model(context.target_folder, precision="fp32", device=context.cfg.target.torch_device())
+    target.model.requires_grad_(False)
+    shards = read_shards(corpus.path)
+    if any(sample.states is None for shard in shards for sample in shard):
+        shards = [capture_states(target, shard) for shard in tracked(shards, "states", unit="shards")]
+    if isinstance(draft, FeatureDraftConfig):
+        trainee = _feature_trainee(context, draft, target, shards, corpus, work)
+    else:
+        trainee = _student_trainee(context, name, target, shards, work)
+    _train(context, name, trainee, work)
+    trainee.save(work.folder / DRAFT_FOLDER)
+
+
+def _draft_context(context: RunContext, work: Work) -> DraftContext:
+    return DraftContext(
         target_folder=context.target_folder,
         folder=work.folder / DRAFT_FOLDER,
         device=context.cfg.target.torch_device(),
         num_target_layers=int(str(config_shape(context.target_folder)["num_hidden_layers"])),
     )
-    work.metrics["kind"] = draft.kind
-    if not draft.trained:
-        draft.write(draft_context)
-        return
-    assert corpus is not None, "a trained draft needs a corpus"
-    student: Student = draft.student(draft_context)
-    _train(context, name, student, corpus, work)
-    student.save(work.folder / DRAFT_FOLDER)
 
 
-def _train(context: RunContext, name: str, student: Student, corpus: Artifact, work: Work) -> None:
-    """Distil the student from the corpus and leave its curve beside it."""
+def _student_trainee(
+    context: RunContext, name: str, target: CausalModel, shards: list[list[Sample]], work: Work
+) -> _Trainee:
+    """A language model of its own, learning from tokens and states."""
     cfg = context.cfg
     draft = cfg.draft[name]
-    trainer = resolved_trainer(cfg, context.plan, name)
-    # The head alone is used, once per supervised token; fp32 keeps teacher and student comparable.
-    target = load_causal_model(context.target_folder, precision="fp32", device=cfg.target.torch_device())
+    student: Student = draft.student(_draft_context(context, work))
     target.check_same_vocabulary(student.model, where=f"draft.{name}")
-    samples = capture_states(target, read_corpus(corpus.path))
     task = Distillation(
         student.model,
         target,
-        samples,
+        [sample for shard in shards for sample in shard],
         objective=cfg.objective.build(),
         sequences_per_step=draft.sequences_per_step,
         max_tokens=draft.max_tokens,
         chunk_tokens=draft.chunk_tokens,
         seed=cfg.seed,
     )
+    return _Trainee(student.model.model, task, student.save)
+
+
+def _feature_trainee(
+    context: RunContext,
+    draft: FeatureDraftConfig,
+    target: CausalModel,
+    shards: list[list[Sample]],
+    corpus: Artifact,
+    work: Work,
+) -> _Trainee:
+    """A network that reads the target's features, kept with the corpus or captured now."""
+    cfg = context.cfg
+    samples = [sample for shard in shards for sample in shard]
+    vocabulary = draft_vocabulary(samples, size=draft.vocabulary, vocab_size=target.vocab_size)
+    covered = covered_mass(target, samples, vocabulary)
+    if vocabulary is not None:
+        logger.info("%s proposes %d tokens, %.1f %% of the target's mass", draft.kind, len(vocabulary), 100 * covered)
+    work.metrics["covered_mass"] = covered
+    network = make_network(draft, target, vocabulary, seed=cfg.seed)
+    task = FeatureDistillation(
+        network,
+        target,
+        samples,
+        features_of=_features(target, shards, corpus, network.taps, work),
+        objective=cfg.objective.build(),
+        seed=cfg.seed,
+    )
+
+    def save(folder: Path) -> None:
+        save_network(network, folder)
+        write_spec(folder, {"kind": "feature"})
+
+    return _Trainee(network, task, save)
+
+
+def _features(
+    target: CausalModel, shards: list[list[Sample]], corpus: Artifact, taps: list[int], work: Work
+) -> FeaturesOf:
+    """Features by sample: the corpus's own where it kept these layers; else captured beside the draft, shard by shard,
+    if the disk has room; else from the target again whenever a batch asks."""
+    if set(taps) <= set(kept_taps(corpus.path)):
+        return FeatureShards(corpus.path, shards, taps=taps).resident(target.device).of
+    tokens = sum(sample.tokens.shape[0] for shard in shards for sample in shard)
+    hidden = target.model.config.get_text_config(decoder=True).hidden_size
+    size = feature_bytes(tokens=tokens, hidden=hidden, num_taps=len(taps))
+    room = shutil.disk_usage(work.folder).free / 2
+    if size > room:
+        said = f"features need {size / 2**20:.0f} MiB, there is room for {room / 2**20:.0f}"
+        logger.warning("%s: the target runs again every step", said)
+        return partial(capture_features, target, taps=taps)
+    logger.info("the corpus kept no features of layers %s: capturing %.0f MiB", taps, size / 2**20)
+    folder = work.folder / "features"
+    folder.mkdir(exist_ok=True)
+    work.drop.add("features")
+    for index, shard in tracked(list(enumerate(shards)), "features", unit="shards"):
+        if not features_path(folder, index).is_file():
+            write_features(folder, index, [capture_features(target, sample, taps) for sample in shard], taps)
+    return FeatureShards(folder, shards, taps=taps).resident(target.device).of
+
+
+def _train(context: RunContext, name: str, trainee: _Trainee, work: Work) -> None:
+    """Let the training loop move the draft, and leave its curve beside it."""
+    cfg, task = context.cfg, trainee.task
+    draft = cfg.draft[name]
+    trainer = resolved_trainer(cfg, context.plan, name)
     logger.info("training %s: %d steps, %d samples", name, trainer.steps, len(task.train))
 
     def batches(step: int, micro: int) -> Batch:
@@ -100,10 +204,10 @@ def _train(context: RunContext, name: str, student: Student, corpus: Artifact, w
 
     settings = {"draft": name, "kind": draft.kind, "steps": trainer.steps, "seed": cfg.seed}
     result = fit(
-        student.model.model,
+        trainee.module,
         batches=batches,
         loss=loss,
-        optimizer=cfg.optimizer,
+        optimizer=_optimizer(cfg.optimizer, draft),
         cfg=trainer,
         folder=work.folder,
         tracker=cfg.tracker.build(work.folder / "tracker", f"draft-{name}", settings),
@@ -118,3 +222,9 @@ def _train(context: RunContext, name: str, student: Student, corpus: Artifact, w
         "seconds": result.seconds,
         **{key: value for key, value in result.metrics.items() if key.startswith("eval/")},
     }
+
+
+def _optimizer(optimizer: Any, draft: Any) -> Any:
+    """The optimizer's settings, with the draft's own learning rate where it has one."""
+    lr = getattr(draft, "lr", 0.0)
+    return dataclasses.replace(optimizer, lr=lr) if lr else optimizer

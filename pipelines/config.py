@@ -32,16 +32,16 @@ else:  # Hydra takes any node here (the group's own schema checks it), and readi
 STAGES = ("corpus", "build", "score", "select", "publish")
 """The stages in their order; "all" runs them all."""
 
-PLUGINS: Mapping[str, str] = {
-    "prompts": "distill.prompts",
-    "corpus": "distill.responses",
-    "draft": "distill.drafts",
-    "objective": "distill.objectives",
-    "optimizer": "train.optimizers",
-    "tracker": "train.trackers",
-    "lookahead": "inference.lookahead",
+PLUGINS: Mapping[str, tuple[str, ...]] = {
+    "prompts": ("distill.prompts",),
+    "corpus": ("distill.responses",),
+    "draft": ("distill.drafts", "inference.feature_drafts"),
+    "objective": ("distill.objectives",),
+    "optimizer": ("train.optimizers",),
+    "tracker": ("train.trackers",),
+    "lookahead": ("inference.lookahead",),
 }
-"""Group of choices -> package whose every public module is one choice, with a dataclass `Config`."""
+"""Group of choices -> packages whose every public module is one choice, with a dataclass `Config`."""
 
 SCHEMAS: Mapping[str, str] = {
     "target": "inference.target:TargetConfig",
@@ -160,12 +160,12 @@ class RunConfig:
                 raise ValueError(f"{group} holds no choice, got {getattr(self, group)!r}: write {group}=<name>")
 
 
-def register(*, groups: Mapping[str, str] = PLUGINS, schemas: Mapping[str, str] = SCHEMAS) -> None:
+def register(*, groups: Mapping[str, tuple[str, ...]] = PLUGINS, schemas: Mapping[str, str] = SCHEMAS) -> None:
     """Store every schema with Hydra: `base_run` at the root, `base_<kind>` in each group of plug-ins, `base_<group>` in
     each group with a single schema. Imports every plug-in, and so torch.
 
     Args:
-        groups: group -> plug-in package.
+        groups: group -> plug-in packages.
         schemas: group -> "module:Class".
 
     Raises:
@@ -173,8 +173,8 @@ def register(*, groups: Mapping[str, str] = PLUGINS, schemas: Mapping[str, str] 
     """
     store = ConfigStore.instance()
     store.store(name="base_run", node=RunConfig)
-    for group, package in groups.items():
-        for kind, module in plugins(package).items():
+    for group, packages in groups.items():
+        for kind, module in (pair for package in packages for pair in plugins(package).items()):
             schema = getattr(module, "Config", None)
             if not dataclasses.is_dataclass(schema) or getattr(schema, "kind", None) != kind:
                 raise TypeError(

@@ -6,6 +6,7 @@ number alone, so a killed run goes on after its last shard and ends with the sam
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from distill.chat import messages_for, render_prompt
 from distill.corpus import read_shard, shard_written, write_shard
+from distill.features import bytes_per_token, feature_bytes, write_features
 from distill.prompts import Prompt, SourceContext, rank
 from distill.responses._context import AnswerContext
+from distill.responses.local import Config as LocalResponses
 from distill.splits import PromptSet, prepare_prompts, prompts_digest
 from inference.errors import InputError
+from inference.features import check_taps
 from inference.generation import generate_batch
 from inference.model import CausalModel, load_tokenizer
 from inference.sampling import SamplingSettings
-from inference.target import stop_tokens
+from inference.target import config_shape, stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
 from pipelines.files import content_digest, plain, write_json, write_text
@@ -125,6 +129,7 @@ def _make(context: RunContext, work: Work) -> None:
     chosen.sort(key=lambda p: (_rendered_length(p.prompt, tokenizer), p.prompt.id))
     size = cfg.corpus.batch_size
     shards = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    taps = _affordable_taps(context, [p.prompt for p in chosen], tokenizer, work.folder)
     for index, shard in tracked(list(enumerate(shards)), "corpus", unit="shards"):
         if shard_written(work.folder, index):
             continue
@@ -133,11 +138,51 @@ def _make(context: RunContext, work: Work) -> None:
         samples = cfg.corpus.answer(
             [p.prompt for p in shard],
             splits=[p.split for p in shard],
-            context=AnswerContext(tokenizer, stops, model),
+            context=AnswerContext(tokenizer, stops, model, taps),
             seed=cfg.seed * 1_000_003 + index * 1_009,
         )
+        kept = [sample.features for sample in samples if sample.features is not None]
+        if taps and len(kept) == len(samples):
+            write_features(work.folder, index, kept, taps)
         write_shard(work.folder, index, samples)
     work.metrics.update(_metrics(work.folder, len(shards)))
+    if taps:
+        hidden, metrics = int(str(config_shape(context.target_folder)["hidden_size"])), work.metrics
+        ours, theirs = bytes_per_token(
+            tokens=metrics["tokens"], supervised=metrics["response_tokens"], hidden=hidden, num_taps=len(taps)
+        )
+        work.metrics["feature_bytes_per_token"] = {"kept": round(ours), "reference_cache": round(theirs)}
+        logger.info("features: %.0f bytes a token kept, %.0f in the layout of DeepSpec's cache", ours, theirs)
+
+
+def _affordable_taps(
+    context: RunContext, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[int]:
+    """Layers whose features are kept with the responses: what the settings want, if there is room for it.
+
+    The size is said and checked before anything is written.
+
+    Raises:
+        InputError: a layer the target does not have.
+    """
+    cfg = context.cfg.corpus
+    if not isinstance(cfg, LocalResponses):
+        return []
+    shape = config_shape(context.target_folder)
+    num_layers = int(str(shape["num_hidden_layers"]))
+    taps = cfg.tapped_layers(num_layers)
+    if not taps:
+        return []
+    check_taps(taps, num_layers, where="corpus.taps")
+    longest = sum(_rendered_length(p, tokenizer) + cfg.max_new_tokens * len(p.turns) for p in prompts)
+    size = feature_bytes(tokens=longest, hidden=int(str(shape["hidden_size"])), num_taps=len(taps))
+    room = min(cfg.features_gib * 2**30, shutil.disk_usage(folder).free / 2)
+    said = f"features of layers {', '.join(map(str, taps))}: at most {size / 2**20:.0f} MiB"
+    if size > room:
+        logger.warning("%s, more than the %.0f MiB there is room for: not kept", said, room / 2**20)
+        return []
+    logger.info("%s", said)
+    return taps
 
 
 def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokenizerBase) -> list[SplitPrompt]:

@@ -135,12 +135,16 @@ def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, nu
     if cfg.trainer.steps:
         return cfg.trainer.steps
     draft = cfg.draft[name]
-    num_target_layers = int(str(config_shape(cfg.target.folder(cfg.paths.cache)).get("num_hidden_layers", 1)))
-    response = cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
-    tokens = min(draft.max_tokens, _MEAN_PROMPT_TOKENS + response) * draft.sequences_per_step * cfg.trainer.accumulation
-    supervised = response * draft.sequences_per_step * cfg.trainer.accumulation
+    shape = config_shape(cfg.target.folder(cfg.paths.cache))
+    token_layers, head_positions = draft.step_work(
+        prompt_tokens=_MEAN_PROMPT_TOKENS,
+        response_tokens=cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE,
+        num_target_layers=int(str(shape.get("num_hidden_layers", 1))),
+        vocab_size=int(str(shape["vocab_size"])),
+    )
     cost = profile.train[precision]
-    step_seconds = cost["layer"] * draft.num_layers(num_target_layers) * tokens + cost["head"] * supervised
+    conversations = draft.sequences_per_step * cfg.trainer.accumulation
+    step_seconds = (cost["layer"] * token_layers + cost["head"] * head_positions) * conversations
     seconds = cfg.budget.training_minutes * 60 / num_trained
     return max(10, int(seconds / (step_seconds * _TRAINING_OVERHEAD)))
 

@@ -3,6 +3,7 @@
 Chosen on validation prompts alone, written at once, and read back by a score that was interrupted.
 """
 
+import dataclasses
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -116,7 +117,7 @@ def _choose_blocks(
                 seed=cfg.seed,
             )
             if cfg.lookahead.tokens:
-                choice = BlockChoice(cfg.lookahead.tokens, choice.conditional, choice.draft_seconds, choice.expected)
+                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens)
             blocks[name] = choice
         timed = with_lookahead(context, arm, blocks.get(name))
         records = score_prompt(

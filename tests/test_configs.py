@@ -49,7 +49,7 @@ def test_it_composes_and_validates(name: str) -> None:
 def test_every_plug_in_has_a_file(group: str) -> None:
     if group in ("prompts", "corpus", "draft") and group not in choices():
         pytest.fail(f"conf/{group} is missing")
-    kinds = set(config.plugins(config.PLUGINS[group]))
+    kinds = {kind for package in config.PLUGINS[group] for kind in config.plugins(package)}
     config.register()
     used = {
         (value[name] if group in config.NAMED else value).kind

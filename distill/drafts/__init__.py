@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from inference.drafters import DRAFT_FILE
-from inference.model import CausalModel, quiet_transformers
+from inference.loading import quiet_transformers
+from inference.model import CausalModel
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKENIZER_GLOBS = ("*.model", "vocab.*", "merges.txt", "added_tokens.json")
@@ -64,6 +65,27 @@ class TrainedConfig:
     chunk_tokens: int = 128
 
     trained = True
+
+    def num_layers(self, num_target_layers: int) -> int:
+        """Decoder layers of the student, for the time plan."""
+        raise NotImplementedError
+
+    def step_work(
+        self, *, prompt_tokens: float, response_tokens: float, num_target_layers: int, vocab_size: int
+    ) -> tuple[float, float]:
+        """What one conversation costs in a step, for the time plan.
+
+        Args:
+            prompt_tokens: of a typical conversation.
+            response_tokens: likewise.
+            num_target_layers: decoder layers of the target.
+            vocab_size: tokens of the target.
+
+        Returns:
+            token-layers, and positions that go through a head of the target's size.
+        """
+        tokens = min(self.max_tokens, prompt_tokens + response_tokens)
+        return self.num_layers(num_target_layers) * tokens, response_tokens
 
     def __post_init__(self) -> None:
         for name in ("sequences_per_step", "max_tokens", "chunk_tokens"):

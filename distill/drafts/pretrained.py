@@ -10,7 +10,8 @@ from typing import Any
 
 from distill.drafts import DraftContext, Student, TrainedConfig, save_model
 from inference.errors import InputError
-from inference.model import CausalModel, load_causal_model
+from inference.loading import load_causal_model
+from inference.model import CausalModel
 
 _ADAPTERS = ("none", "lora", "qlora")
 

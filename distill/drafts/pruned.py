@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distill.drafts import DraftContext, Student, TrainedConfig, save_model
 from inference.errors import InputError
-from inference.model import evenly_kept_layers, load_causal_model
+from inference.layers import evenly_kept_layers
+from inference.loading import load_causal_model
 
 
 @dataclass(kw_only=True)

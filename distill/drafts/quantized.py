@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from distill.drafts import DraftContext, write_spec
 from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
-from inference.model import evenly_kept_layers
+from inference.layers import evenly_kept_layers
 
 
 @dataclass(kw_only=True)

@@ -19,11 +19,13 @@ class AnswerContext:
         tokenizer: the target's.
         stop_tokens: end a response.
         model: the target in its generation arithmetic; None for generators that do not run it here.
+        taps: target layers whose features are kept along with the tokens; none for none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: frozenset[int]
     model: CausalModel | None
+    taps: Sequence[int] = ()
 
 
 def sample_of(
@@ -34,6 +36,7 @@ def sample_of(
     mask: Sequence[bool],
     states: torch.Tensor | None,
     text: str,
+    features: torch.Tensor | None = None,
 ) -> Sample:
     """A corpus sample out of lists; see `distill.corpus.Sample`."""
     return Sample(
@@ -45,4 +48,5 @@ def sample_of(
         mask=torch.tensor(mask, dtype=torch.bool),
         states=states,
         text=text,
+        features=features,
     )

@@ -1,6 +1,6 @@
 """The target answers in this process: batched, sorted by length, sampled from its own distribution."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -8,6 +8,7 @@ from distill.chat import end_of_turn, follow_up, messages_for, render_prompt
 from distill.corpus import Sample
 from distill.prompts import Prompt
 from distill.responses._context import AnswerContext, sample_of
+from inference.features import default_taps
 from inference.generation import Response, generate_batch
 from inference.sampling import SamplingSettings
 
@@ -24,6 +25,10 @@ class Config:
         max_new_tokens: longest response of one turn, in tokens.
         batch_size: conversations answered together, which is also one shard.
         keep_states: keep the states that predicted each token, so that training need not run the target again.
+        keep_features: keep the target's features too, for drafts that read them, unless they need more than
+            `features_gib` or half of the free disk.
+        taps: layers whose features are kept (decoder indices); empty for five spread from layer 1 to n - 3.
+        features_gib: most room for features, in GiB.
     """
 
     kind: str = "local"
@@ -33,6 +38,9 @@ class Config:
     max_new_tokens: int = 128
     batch_size: int = 32
     keep_states: bool = True
+    keep_features: bool = True
+    taps: list[int] = field(default_factory=list)
+    features_gib: float = 4.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_size < 1:
@@ -44,6 +52,12 @@ class Config:
     def settings(self) -> SamplingSettings:
         """Sampling settings of the responses."""
         return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    def tapped_layers(self, num_target_layers: int) -> list[int]:
+        """Layers whose features are wanted; none when features are not kept."""
+        if not self.keep_features:
+            return []
+        return list(self.taps) or default_taps(num_target_layers)
 
     def needs_target(self) -> bool:
         """Whether `answer` runs the target in this process."""
@@ -72,6 +86,7 @@ class Config:
                 stop_tokens=context.stop_tokens,
                 seed=seed + turn,
                 keep_states=self.keep_states,
+                taps=context.taps,
             )
             for thread, response in zip(waiting, responses, strict=True):
                 thread.add(response)
@@ -87,6 +102,7 @@ class _Thread:
         self.ids = render_prompt(context.tokenizer, self.messages)
         self.mask = [False] * len(self.ids)
         self.states: list[torch.Tensor] = []
+        self.features: torch.Tensor | None = None
         self.last: list[int] = []
 
     def open_turn(self, turn: int) -> bool:
@@ -116,6 +132,9 @@ class _Thread:
         self.mask += [True] * len(response.tokens)
         if response.states is not None:
             self.states.append(response.states)
+        if response.features is not None:
+            # A later turn feeds the whole conversation again, so its features replace those of the turns before.
+            self.features = response.features
         text = str(self.context.tokenizer.decode(response.tokens, skip_special_tokens=True))
         self.messages = [*self.messages, {"role": "assistant", "content": text}]
 
@@ -127,5 +146,6 @@ class _Thread:
             ids=self.ids,
             mask=self.mask,
             states=torch.cat(self.states) if self.states else None,
+            features=self.features,
             text=self.messages[-1]["content"],
         )

@@ -7,7 +7,7 @@ folder. `load_drafter` looks the kind up among the modules of this package; a do
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -62,6 +62,21 @@ class Drafter(Protocol):
 
     def nbytes(self) -> int:
         """Bytes of weights and caches held beyond the target's own."""
+        ...
+
+
+@runtime_checkable
+class ReadsFeatures(Protocol):
+    """What a drafter has besides when it reads the target's features.
+
+    Attributes:
+        taps: decoder layers of the target whose outputs it reads (see `inference.features`).
+    """
+
+    taps: tuple[int, ...]
+
+    def read(self, features: torch.Tensor) -> None:
+        """Given, in order, the features `[n, m * D]` of tokens as they are verified: all but the anchor's own."""
         ...
 
 

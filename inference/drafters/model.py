@@ -4,8 +4,9 @@ import torch
 
 from inference.cache import RollbackCache
 from inference.drafters import LoadContext, Proposal
+from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Visible
-from inference.model import CausalModel, load_causal_model
+from inference.model import CausalModel
 from inference.randomness import Source
 from inference.sampling import SamplingSettings, process_logits
 

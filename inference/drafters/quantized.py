@@ -8,7 +8,7 @@ import torch
 from inference.drafters import LoadContext
 from inference.drafters.model import ModelDrafter
 from inference.errors import InputError
-from inference.model import load_causal_model
+from inference.loading import load_causal_model
 
 _FORMATS = ("nf4", "int8")
 

@@ -18,7 +18,9 @@ from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.model import CausalModel, decoder_layers, load_causal_model
+from inference.layers import decoder_layers
+from inference.loading import load_causal_model
+from inference.model import CausalModel
 from tests.pipelines.tiny import LAYERS, write_model
 
 CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 """Exact output laws over a tiny vocabulary: every random decision of the decoder's own code, with its probability."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,16 +65,41 @@ class MemoModel(CausalModel):
         super().__init__(inner.model)
         self.inner = inner
         self.rows: dict[tuple[int, ...], torch.Tensor] = {}
+        self.features: dict[tuple[int, ...], torch.Tensor] = {}
+        self.latest: list[tuple[int, ...]] = []
 
     def new_cache(self) -> TokenCache:  # type: ignore[override]
         return TokenCache()
 
     def logits(self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int) -> torch.Tensor:  # type: ignore[override]
         rows = []
+        self.latest = []
         for token in tokens.tolist():
             cache.tokens.append(token)
-            rows.append(self.row(tuple(cache.tokens)))
+            self.latest.append(tuple(cache.tokens))
+            rows.append(self.row(self.latest[-1]))
         return torch.stack(rows[-num_rows:])
+
+    @contextmanager
+    def tapped(self, taps: Sequence[int]) -> Iterator["MemoModel._Features"]:  # type: ignore[override]
+        yield self._Features(self, tuple(taps))
+
+    class _Features:
+        """Features of the latest pass, each computed once per prefix."""
+
+        def __init__(self, model: "MemoModel", taps: tuple[int, ...]) -> None:
+            self.model, self.taps = model, taps
+
+        def take(self) -> torch.Tensor:
+            return torch.stack([self._of(prefix) for prefix in self.model.latest])[None]
+
+        def _of(self, prefix: tuple[int, ...]) -> torch.Tensor:
+            if prefix not in self.model.features:
+                inner = self.model.inner
+                with torch.inference_mode(), inner.tapped(self.taps) as features:
+                    inner.model(input_ids=torch.tensor([prefix]), use_cache=False)
+                    self.model.features[prefix] = features.take()[0, -1]
+            return self.model.features[prefix]
 
     def row(self, prefix: tuple[int, ...]) -> torch.Tensor:
         """Raw logits `[V]` after a prefix."""

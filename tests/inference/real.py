@@ -13,7 +13,8 @@ from distill.prompts import SourceContext, choose
 from distill.prompts.package import Config as PackageSource
 from inference.embedded import embedded_target
 from inference.generation import generate_batch
-from inference.model import CausalModel, load_causal_model
+from inference.loading import load_causal_model
+from inference.model import CausalModel
 from inference.precision import available_precisions
 from inference.sampling import SamplingSettings
 from inference.target import stop_tokens

@@ -12,10 +12,11 @@ from inference.drafters.lookup import LookupDrafter, LookupSettings
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
+from inference.loading import load_causal_model
 from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
-from inference.model import CausalModel, load_causal_model
+from inference.model import CausalModel
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings, token_probs
 from tests.inference.families import family_model
@@ -266,7 +267,7 @@ def test_quantized_folders_need_no_weights(
         ([1], "draft.json names no kind"),
         ({"longest": 3}, "draft.json names no kind"),
         ({"kind": 3}, "draft.json names no kind"),
-        ({"kind": "wizard"}, "unknown kind 'wizard' .*: choose one of lookup, model, none, quantized"),
+        ({"kind": "wizard"}, "unknown kind 'wizard' .*: choose one of feature, lookup, model, none, quantized"),
         ({"kind": "../model"}, "unknown kind"),
         ({"kind": "__init__"}, "unknown kind"),
         ({"kind": "lookup"}, "look-up settings are off: 'longest'"),

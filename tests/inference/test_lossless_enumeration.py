@@ -9,14 +9,22 @@ import torch
 from inference import decoder, verification
 from inference.cache import RollbackCache
 from inference.drafters import Drafter, Proposal
+from inference.drafters.feature import FeatureDrafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.drafters.quantized import quantization_config
+from inference.feature_drafts import FeatureDraftConfig, make_network
+from inference.feature_drafts.dflash import Config as DFlash
+from inference.feature_drafts.dspark import Config as DSpark
+from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.layers import keep_layers
+from inference.loading import load_causal_model
 from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
-from inference.model import CausalModel, keep_layers, load_causal_model
+from inference.model import CausalModel
+from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from tests.inference.law import MemoModel, TokenCache, distance, speculative_law, target_law, tiny_model
 
@@ -71,6 +79,85 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
 
 
 KINDS = ["none", "lookup", "pruned", "pretrained", "quantized nf4", "quantized int8", "quantized, layers skipped"]
+FEATURE_CONFIGS: dict[str, FeatureDraftConfig] = {
+    "dflash": DFlash(block=2, taps=[0, 1], vocabulary=0),
+    "dspark": DSpark(block=2, taps=[0, 1], vocabulary=0, markov_rank=4),
+    "dspark gated": DSpark(block=2, taps=[0], vocabulary=0, markov_rank=4, markov_head="gated"),
+    "dspark rnn": DSpark(block=2, taps=[1], vocabulary=0, markov_rank=4, markov_head="rnn"),
+    "eagle3": Eagle3(block=2, taps=[0, 1], vocabulary=0),
+}
+
+
+def _feature_drafter(kind: str, *, reduced: bool = False) -> FeatureDrafter:
+    """An untrained network whose proposals depend on everything it reads, and far from uniform."""
+    target = tiny_model(0)
+    network = make_network(FEATURE_CONFIGS[kind], target, torch.tensor([0, 2]) if reduced else None, seed=3).double()
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(11)
+        for parameter in network.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.add_(torch.randn_like(parameter))
+    return FeatureDrafter(network.eval())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("reduced", [False, True], ids=["all tokens", "two of three tokens"])
+@pytest.mark.parametrize("kind", FEATURE_CONFIGS)
+def test_output_law_of_feature_drafts_equals_the_targets(kind: str, reduced: bool, policy: str, settings: str) -> None:
+    # The features kept by prefix depend on the taps, so every drafter gets a target of its own.
+    target = MemoModel(tiny_model(0))
+    law = speculative_law(target, _feature_drafter(kind, reduced=reduced), POLICIES[policy], SETTINGS[settings])
+    assert distance(law, target_law(target, SETTINGS[settings])) < EXACT
+    assert sum(law.values()) == pytest.approx(1.0, abs=EXACT)
+
+
+@pytest.mark.parametrize("kind", FEATURE_CONFIGS)
+def test_law_of_feature_drafts_holds_with_real_caches_and_hooks(kind: str) -> None:
+    target, settings = tiny_model(0), SETTINGS["T=1"]
+    law = speculative_law(target, _feature_drafter(kind), POLICIES["fixed"], settings)
+    assert distance(law, target_law(MemoModel(tiny_model(0)), settings)) < 1e-6
+
+
+def test_what_a_feature_draft_proposes_after_a_prefix_does_not_depend_on_how_it_got_there() -> None:
+    """Every accepted length leads to the same context: proposals at a prefix are those of a fresh start there."""
+    drafter, target = _feature_drafter("dspark"), tiny_model(0)
+    settings, seen = SETTINGS["T=1"], dict[tuple[int, ...], torch.Tensor]()
+    propose = FeatureDrafter.propose
+
+    class Watched(FeatureDrafter):
+        def propose(self, context: torch.Tensor, **kwargs: object) -> Proposal:  # type: ignore[override]
+            proposal = propose(self, context, **kwargs)  # type: ignore[arg-type]
+            if len(proposal):
+                assert proposal.probs is not None
+                first = seen.setdefault(tuple(context.tolist()), proposal.probs[0].clone())
+                torch.testing.assert_close(proposal.probs[0], first, rtol=0, atol=1e-9)
+            return proposal
+
+    law = speculative_law(target, Watched(drafter.network), POLICIES["fixed"], settings, length=4)
+    assert len(law) > 60 and len(seen) > 10
+
+
+def test_mutant_features_of_rejected_tokens_leak_into_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losslessness survives it, acceptance would not; so what is drafted must be seen to change."""
+    drafter = _feature_drafter("dspark")
+    context = torch.tensor([0, 1, 0])
+    target = tiny_model(0)
+    with torch.inference_mode(), target.tapped(drafter.taps) as features:
+        target.logits(torch.tensor([0, 1, 2]), target.new_cache(), num_rows=1)
+        rows = features.take()[0]
+    policy, settings = FixedLookahead(2), SETTINGS["T=1"]
+    drawn = []
+    for kept in (2, 3):
+        drafter.begin(context)
+        drafter.read(rows[:kept])
+        longer = torch.cat([context, torch.tensor([1])])[: kept + 1]
+        proposal = drafter.propose(
+            longer, limit=2, lookahead=policy, settings=settings, generator=TorchSource.seeded(0)
+        )
+        assert proposal.probs is not None
+        drawn.append(proposal.probs[0])
+    assert float((drawn[0] - drawn[1]).abs().max()) > VISIBLE
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -11,15 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.errors import InputError
-from inference.model import (
-    CausalModel,
-    check_model_folder,
-    decoder_layers,
-    evenly_kept_layers,
-    keep_layers,
-    load_causal_model,
-    load_tokenizer,
-)
+from inference.layers import decoder_layers, evenly_kept_layers, keep_layers
+from inference.loading import check_model_folder, load_causal_model
+from inference.model import CausalModel, load_tokenizer
 from tests.inference.families import VOCAB, family_model
 from tests.pipelines.tiny import write_model
 

@@ -11,9 +11,9 @@ import torch
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.errors import InputError
+from inference.loading import load_causal_model
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
-from inference.model import load_causal_model
 from inference.pair import Generated, Pair, _TextStream, load_lookahead, load_pair, read_pair
 from inference.target import stop_tokens, target_digest
 from tests.inference.families import greedy_reference

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from inference.model import load_causal_model
+from inference.loading import load_causal_model
 from inference.precision import (
     PRECISIONS,
     PackedFloatLinear,

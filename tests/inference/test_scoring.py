@@ -10,7 +10,16 @@ from inference.drafters.none import NoDrafter
 from inference.lookahead.fixed import FixedLookahead
 from inference.records import Record, tokens_digest
 from inference.sampling import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, best_block, choose_block, explain_mismatch, request_seed, score_prompt
+from inference.scoring import (
+    Arm,
+    ScorePrompt,
+    _Drafting,
+    best_block,
+    choose_block,
+    explain_mismatch,
+    request_seed,
+    score_prompt,
+)
 from tests.inference.families import family_model, greedy_reference
 from tests.inference.law import MemoModel, tiny_model
 
@@ -151,6 +160,14 @@ def test_best_block_by_hand() -> None:
     assert (choice.tokens, choice.draft_seconds) == (1, 0.1)
 
 
+def test_best_block_is_longer_where_a_round_costs_the_same_whatever_its_length() -> None:
+    shares, counts = [60.0] * 6, [100.0] * 6
+    by_token = best_block(shares, counts, 0.3, pass_seconds=lambda w: 1.0)
+    by_round = best_block(shares, counts, 0.0, block_seconds=0.3, pass_seconds=lambda w: 1.0)
+    assert by_token.tokens < by_round.tokens == 6
+    assert by_round.expected[0] == pytest.approx(by_token.expected[0])
+
+
 def test_best_block_grows_with_acceptance_and_shrinks_with_cost() -> None:
     def block(share: float, draft_seconds: float, slope: float) -> int:
         counts = [100.0] * 8
@@ -161,6 +178,14 @@ def test_best_block_grows_with_acceptance_and_shrinks_with_cost() -> None:
     assert block(0.3, 0.1, 0.1) == 1
     assert block(0.8, 0.01, 0.01) > block(0.8, 0.3, 0.01) >= 1
     assert block(0.8, 0.01, 0.01) > block(0.8, 0.01, 0.5)
+
+
+def test_drafting_costs_are_a_line_through_two_block_lengths() -> None:
+    # 3 ms a round and 2 ms a token: blocks of 5 take 13 ms, blocks of 1 take 5.
+    long = _Drafting(rounds=10, tokens=50, seconds=0.13, longest=5)
+    block, token = long.costs(_Drafting(rounds=4, tokens=4, seconds=0.02, longest=1))
+    assert (block, token) == pytest.approx((0.003, 0.002))
+    assert long.costs(_Drafting()) == pytest.approx((0.0, 0.0026))
 
 
 def test_best_block_without_any_round_assumes_little() -> None:

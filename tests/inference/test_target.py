@@ -9,7 +9,7 @@ import torch
 
 from inference import target as module
 from inference.errors import InputError
-from inference.model import load_causal_model
+from inference.loading import load_causal_model
 from inference.target import TargetConfig, config_shape, stop_tokens, target_digest
 from tests.pipelines.tiny import tokenizer, write_model
 

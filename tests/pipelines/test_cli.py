@@ -372,4 +372,4 @@ def test_a_plug_in_without_its_own_name_is_refused(
     (package / "right.py").write_text(PLUGIN.format(kind="wrong"))
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(TypeError, match=r"misnamed_plugins\.right must define a dataclass Config .*'right'"):
-        config.register(groups={"draft": "misnamed_plugins"}, schemas={})
+        config.register(groups={"draft": ("misnamed_plugins",)}, schemas={})

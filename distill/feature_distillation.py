@@ -1,0 +1,321 @@
+"""A feature-reading draft learning from one target's corpus: packed batches, anchors, losses, held-out acceptance.
+
+Same contract towards a training loop as `distill.distillation`; what differs is what a batch is. Conversations are
+packed into rows, anchors are drawn among positions whose next token is the target's own, and every slot is supervised
+by the target's stored state at its position: neither the target's layers nor a `V`-wide tensor is kept for it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distill.chunked import chunked_objective
+from distill.corpus import Sample
+from distill.distillation import LossSums
+from distill.objectives import Objective
+from inference.errors import InputError
+from inference.feature_drafts import FeatureNetwork, PackedBatch
+from inference.model import CausalModel
+
+FeaturesOf = Callable[[Sample], Tensor]
+"""Features `[T, m * D]` of a sample; the row of its last token is never looked at."""
+
+_VALIDATION_ANCHORS = 24
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One conversation as it enters a row, cut to the longest length, with its anchors."""
+
+    tokens: Tensor  # shape: [T]
+    features: Tensor  # shape: [T, m * D]
+    states: Tensor  # shape: [supervised, D]
+    mask: Tensor  # shape: [T]
+    anchors: Tensor  # shape: [a]
+
+
+class FeatureDistillation:
+    """Pairs a feature network with its teacher's head and a corpus.
+
+    Args:
+        network: in training, bound to the target.
+        target: the teacher; only its output head is used.
+        samples: the whole corpus, each with states.
+        features_of: gives a sample's features.
+        objective: per-slot divergence.
+        seed: fixes the order of conversations and their anchors.
+
+    Raises:
+        InputError: no training sample has a position that can be an anchor.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        target: CausalModel,
+        samples: list[Sample],
+        *,
+        features_of: FeaturesOf,
+        objective: Objective,
+        seed: int,
+    ) -> None:
+        self.network, self.target, self.features_of, self.objective, self.seed = (
+            network,
+            target,
+            features_of,
+            objective,
+            seed,
+        )
+        self.config = network.config
+        self.train = [s for s in samples if s.split == "train" and self._candidates(s).numel()]
+        self.validation = [s for s in samples if s.split == "validation" and self._candidates(s).numel()]
+        if not self.train:
+            raise InputError("no training sample has a response", where="corpus", mend="build a larger corpus")
+        vocabulary = network.vocabulary
+        # Draft id of each target token; -1 where the draft cannot propose it.
+        self._draft_ids = torch.arange(target.vocab_size, device=target.device)
+        if vocabulary is not None:
+            self._draft_ids = torch.full_like(self._draft_ids, -1)
+            self._draft_ids[vocabulary] = torch.arange(vocabulary.shape[0], device=target.device)
+
+    # Batches
+
+    def _candidates(self, sample: Sample) -> Tensor:
+        """Positions that can be anchors: the next token is supervised, and something lies before them."""
+        length = min(sample.tokens.shape[0], self.config.max_tokens)
+        positions = sample.mask[1:length].nonzero()[:, 0]
+        return positions[positions >= 1]
+
+    def batch(self, step: int, micro: int, *, accumulation: int = 1) -> dict[str, Tensor]:
+        """The micro-batch at a step: a pure function, so that the data position is the step alone."""
+        start = (step * accumulation + micro) * self.config.sequences_per_step
+        pieces = []
+        for position in range(start, start + self.config.sequences_per_step):
+            epoch, offset = divmod(position, len(self.train))
+            order = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            sample = self.train[int(torch.randperm(len(self.train), generator=order)[offset])]
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
+            pieces.append(self._piece(sample, count=self.config.anchors, generator=draw))
+        return self.collate(pieces)
+
+    def _piece(self, sample: Sample, *, count: int, generator: torch.Generator) -> _Piece:
+        candidates = self._candidates(sample)
+        chosen = candidates[torch.randperm(candidates.shape[0], generator=generator)[:count]].sort().values
+        length = min(sample.tokens.shape[0], self.config.max_tokens)
+        assert sample.states is not None, "the corpus was opened with states"
+        return _Piece(
+            tokens=sample.tokens[:length],
+            features=self.features_of(sample)[:length],
+            states=sample.states[: int(sample.mask[:length].sum())],
+            mask=sample.mask[:length],
+            anchors=chosen,
+        )
+
+    def collate(self, pieces: list[_Piece]) -> dict[str, Tensor]:
+        """Pack conversations into rows.
+
+        Returns:
+            the tensors of `PackedBatch`, and for the N valid slots, row by row, anchor by anchor: labels int64 `[N]`,
+            places int64 `[N]` (0-based slot) and target_states `[N, D]`.
+        """
+        rows = _pack([piece.tokens.shape[0] for piece in pieces], capacity=self.config.row_tokens)
+        width = max(sum(pieces[i].tokens.shape[0] for i in row) for row in rows)
+        count = max(sum(pieces[i].anchors.shape[0] for i in row) for row in rows)
+        block = self.network.block
+        first = pieces[0]
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        segments, positions = torch.full_like(tokens, -1), torch.zeros_like(tokens)
+        features = first.features.new_zeros(len(rows), width, first.features.shape[-1])
+        anchors = torch.zeros(len(rows), count, dtype=torch.long)
+        slots = torch.zeros(len(rows), count, block, dtype=torch.bool)
+        labels, places, states = [], [], []
+        for row, members in enumerate(rows):
+            start = at = 0
+            for segment, index in enumerate(members):
+                piece = pieces[index]
+                length, number = piece.tokens.shape[0], piece.anchors.shape[0]
+                tokens[row, start : start + length] = piece.tokens
+                segments[row, start : start + length] = segment
+                positions[row, start : start + length] = torch.arange(length)
+                features[row, start : start + length] = piece.features
+                anchors[row, at : at + number] = start + piece.anchors
+                ahead = piece.anchors[:, None] + 1 + torch.arange(block)
+                inside = ahead < length
+                ahead = ahead.clamp(max=length - 1)
+                valid = (piece.mask[ahead] & inside).long().cumprod(1).bool()
+                slots[row, at : at + number] = valid
+                predicted = ahead[valid]
+                labels.append(piece.tokens[predicted])
+                places.append(torch.arange(block).expand(number, -1)[valid])
+                states.append(piece.states[piece.mask.long().cumsum(0)[predicted] - 1])
+                start, at = start + length, at + number
+        return {
+            "tokens": tokens,
+            "segments": segments,
+            "positions": positions,
+            "features": features,
+            "anchors": anchors,
+            "slots": slots,
+            "labels": torch.cat(labels),
+            "places": torch.cat(places),
+            "target_states": torch.cat(states),
+        }
+
+    # Loss
+
+    def loss(self, batch: dict[str, Tensor]) -> LossSums:
+        """Objective over the batch's slots, weighted by their place, plus the confidence head's own loss."""
+        device = self.target.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        states = self._slot_states(batch)
+        drafts = self._draft_ids[batch["labels"]]
+        # A slot whose token the draft cannot propose has nothing to learn; the teacher is renormalised over the rest.
+        weights = self._weights(batch["places"]) * (drafts >= 0)
+        result = chunked_objective(
+            states,
+            draft_head=self.network.head,
+            target_logits=self._teacher(batch["target_states"]),
+            labels=drafts.clamp(min=0),
+            weights=weights,
+            objective=self.objective,
+            chunk_tokens=self.config.chunk_tokens,
+        )
+        loss = result.loss_sum
+        confidence = self.network.confidence_logits(states)
+        weight = getattr(self.config, "confidence_weight", 0.0)
+        if confidence is not None and weight > 0:
+            # The detached chance of acceptance is what the head has to foretell (method section 2).
+            wanted = result.acceptances.to(confidence.dtype).clamp(0.0, 1.0)
+            terms = functional.binary_cross_entropy_with_logits(confidence, wanted, reduction="none")
+            loss = loss + weight * (weights * terms).sum()
+        return LossSums(loss, float(result.weight_sum), float(result.acceptance_sum))
+
+    def _slot_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """States of the valid slots, `[N, S]`."""
+        dtype = next(self.network.parameters()).dtype
+        packed = PackedBatch(
+            tokens=batch["tokens"],
+            segments=batch["segments"],
+            positions=batch["positions"],
+            features=batch["features"].to(dtype),
+            anchors=batch["anchors"],
+            slots=batch["slots"],
+        )
+        return self.network.slot_states(packed)[batch["slots"]]
+
+    def _weights(self, places: Tensor) -> Tensor:
+        decay = self.config.position_decay
+        return torch.exp(-places / decay) if decay > 0 else torch.ones_like(places, dtype=torch.float32)
+
+    def _teacher(self, states: Tensor) -> Callable[[slice], Tensor]:
+        """Teacher logits over the draft's vocabulary for a slice of slots."""
+
+        def logits(rows: slice) -> Tensor:
+            return self.network.base_logits(states[rows].to(next(self.network.parameters()).dtype))
+
+        return logits
+
+    # Held-out figures
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Teacher-forced figures on validation conversations, each domain weighing by its anchors.
+
+        Returns:
+            acceptance: mean over first slots of sum_v min(p, q), over the target's whole vocabulary; acceptance_K: the
+            same for slot K (from 1), over slots whose labels are all supervised; tau: 1 + the mean over anchors of the
+            summed products of acceptances along the target's own tokens, temperature 1; tau_greedy: the same with
+            agreement of the two argmaxes; and tau_<domain>.
+        """
+        block = self.network.block
+        by_slot = torch.zeros(block, dtype=torch.float64)
+        counts = torch.zeros(block, dtype=torch.float64)
+        taus: dict[str, list[tuple[float, float]]] = {}
+        for number, sample in enumerate(self.validation):
+            draw = torch.Generator().manual_seed(self.seed * 7_919 + number)
+            batch = self.collate([self._piece(sample, count=_VALIDATION_ANCHORS, generator=draw)])
+            accepted, agreed = self._acceptance(batch)
+            slots = batch["slots"][0]
+            grid, agree = torch.zeros(slots.shape, dtype=torch.float64), torch.zeros(slots.shape, dtype=torch.float64)
+            grid[slots], agree[slots] = accepted.double().cpu(), agreed.double().cpu()
+            by_slot += grid.sum(0)
+            counts += slots.sum(0)
+            sums = [1.0 + table.cumprod(1).sum(1) for table in (grid, agree)]
+            taus.setdefault(sample.domain, []).extend(zip(sums[0].tolist(), sums[1].tolist(), strict=True))
+        if not taus:
+            return {}
+        every = [pair for pairs in taus.values() for pair in pairs]
+        mean = (by_slot / counts.clamp(min=1.0)).tolist()
+        return {
+            "acceptance": mean[0],
+            "tau": math.fsum(pair[0] for pair in every) / len(every),
+            "tau_greedy": math.fsum(pair[1] for pair in every) / len(every),
+            **{f"tau_{name}": math.fsum(p[0] for p in pairs) / len(pairs) for name, pairs in taus.items()},
+            **{f"acceptance_{slot + 1}": mean[slot] for slot in range(block) if counts[slot]},
+        }
+
+    def _acceptance(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """For each valid slot: sum_v min(p, q) with the target's whole distribution, and whether the argmaxes agree."""
+        device = self.target.device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        states = self._slot_states(batch)
+        vocabulary = self.network.vocabulary
+        accepted, agreed = [], []
+        for start in range(0, states.shape[0], self.config.chunk_tokens):
+            rows = slice(start, start + self.config.chunk_tokens)
+            draft = self.network.head(states[rows]).float().softmax(-1)
+            target = self.target.head(batch["target_states"][rows].to(states.dtype)).float().softmax(-1)
+            best = target.argmax(-1)
+            if vocabulary is not None:
+                target = target[:, vocabulary]
+            accepted.append(torch.minimum(draft, target).sum(-1))
+            agreed.append(self._draft_ids[best] == draft.argmax(-1))
+        return torch.cat(accepted), torch.cat(agreed)
+
+
+def _pack(lengths: list[int], *, capacity: int) -> list[list[int]]:
+    """Indices of conversations by row, longest first into the first row with room; else a row of its own."""
+    rows: list[list[int]] = []
+    filled: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, used in enumerate(filled) if used + lengths[index] <= capacity), None)
+        if row is None:
+            rows.append([])
+            filled.append(0)
+            row = len(rows) - 1
+        rows[row].append(index)
+        filled[row] += lengths[index]
+    return rows
+
+
+def draft_vocabulary(samples: list[Sample], *, size: int, vocab_size: int) -> Tensor | None:
+    """The most frequent tokens of the training responses, sorted ids int64 `[size]`; None for the whole vocabulary.
+
+    Where the responses hold fewer kinds, the lowest other ids fill up: tokenizers number frequent merges first.
+    """
+    if size == 0 or size >= vocab_size:
+        return None
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for sample in samples:
+        if sample.split == "train":
+            counts += torch.bincount(sample.tokens[sample.mask], minlength=vocab_size)
+    order = torch.sort(counts, descending=True, stable=True).indices
+    return order[:size].sort().values
+
+
+@torch.no_grad()
+def covered_mass(target: CausalModel, samples: list[Sample], vocabulary: Tensor | None, *, limit: int = 2048) -> float:
+    """Share of the target's probability that falls on a vocabulary, averaged over validation positions."""
+    states = [s.states for s in samples if s.split == "validation" and s.states is not None]
+    if vocabulary is None or not states:
+        return 1.0
+    rows = torch.cat(states)[:limit].to(target.device)
+    mass = [
+        target.head(piece.to(target.model.dtype)).float().softmax(-1)[:, vocabulary.to(target.device)].sum(-1)
+        for piece in rows.split(128)
+    ]
+    return float(torch.cat(mass).mean())

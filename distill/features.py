@@ -1,0 +1,132 @@
+"""Target features of a corpus on disk: kept while the target wrote its responses, or captured afterwards.
+
+Beside each token shard lies `shard-00000.features.safetensors` with one row of tapped layers per token, bf16. The row
+of a conversation's last token is zero: that token was never fed, and no draft looks at it. Reading maps the file and
+copies only the rows asked for, so a corpus larger than memory trains all the same.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distill.corpus import Sample, shard_name
+from inference.errors import InputError
+from inference.model import CausalModel
+
+BYTES_PER_NUMBER = 2
+"""Features and states are kept in bf16."""
+
+
+def features_path(folder: Path, index: int) -> Path:
+    """Where a shard's features are."""
+    return folder / f"{shard_name(index)}.features.safetensors"
+
+
+def write_features(folder: Path, index: int, features: Sequence[torch.Tensor], taps: Sequence[int]) -> None:
+    """Write one shard's features, `[T, m * D]` a sample, aside and by rename."""
+    path = features_path(folder, index)
+    aside = path.with_suffix(".partial")
+    save_file({"features": torch.cat(list(features)).to(torch.bfloat16)}, aside, {"taps": json.dumps(list(taps))})
+    with aside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def feature_bytes(*, tokens: int, hidden: int, num_taps: int) -> int:
+    """Bytes on disk of the features of some tokens."""
+    return tokens * num_taps * hidden * BYTES_PER_NUMBER
+
+
+def bytes_per_token(*, tokens: int, supervised: int, hidden: int, num_taps: int) -> tuple[float, float]:
+    """Bytes per training token of our layout, and of DeepSpec's target cache v2 for the same taps.
+
+    Ours keeps the last state at supervised positions alone; the cache keeps it everywhere, besides token, attention and
+    loss mask.
+    """
+    ours = num_taps * hidden * BYTES_PER_NUMBER + supervised / tokens * hidden * BYTES_PER_NUMBER + 4 + 1
+    theirs = (num_taps + 1) * hidden * BYTES_PER_NUMBER + 4 + 1 + 1
+    return ours, float(theirs)
+
+
+class FeatureShards:
+    """Features of a corpus folder, by sample.
+
+    Args:
+        folder: that holds the feature files.
+        samples: of the corpus, shard by shard.
+        taps: layers wanted, in the order wanted.
+
+    Raises:
+        InputError: a file is missing, damaged, or lacks a wanted layer.
+    """
+
+    def __init__(self, folder: Path, samples: list[list[Sample]], *, taps: Sequence[int]) -> None:
+        self._places: dict[str, tuple[Any, int, int]] = {}
+        self._total = 0
+        self._columns: torch.Tensor | None = None
+        for index, shard in enumerate(samples):
+            path = features_path(folder, index)
+            try:
+                file: Any = safe_open(path, framework="pt")
+                kept: list[int] = json.loads(file.metadata()["taps"])
+                rows = file.get_slice("features")
+                count, width = rows.get_shape()
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"unreadable features: {(str(error).splitlines() or ['?'])[0]}",
+                    where=str(path),
+                    mend="build the corpus again",
+                ) from None
+            start = 0
+            for sample in shard:
+                self._places[sample.id] = (rows, start, start + sample.tokens.shape[0])
+                start += sample.tokens.shape[0]
+            if count != start or not set(taps) <= set(kept):
+                raise InputError(
+                    f"features of {count} tokens and layers {kept}, wanted {start} and {list(taps)}",
+                    where=str(path),
+                    mend="build the corpus again",
+                )
+            self._total += count * width * BYTES_PER_NUMBER
+            if list(taps) != kept:
+                size = width // len(kept)
+                starts = torch.tensor([kept.index(tap) * size for tap in taps])
+                self._columns = (starts[:, None] + torch.arange(size)).flatten()
+
+    def of(self, sample: Sample) -> torch.Tensor:
+        """Features `[T, m * D]` of one sample, bf16."""
+        rows, start, end = self._places[sample.id]
+        features: torch.Tensor = rows[start:end]
+        return features if self._columns is None else features[:, self._columns]
+
+    def resident(self, device: torch.device) -> "FeatureShards":
+        """Keep everything on an accelerator that has room for it three times over, so that no step waits for a copy."""
+        if device.type == "cuda" and 3 * self._total < torch.cuda.mem_get_info(device)[0]:
+            whole = {id(rows): rows[:].to(device) for rows, _, _ in self._places.values()}
+            self._places = {key: (whole[id(rows)], start, end) for key, (rows, start, end) in self._places.items()}
+            self._columns = None if self._columns is None else self._columns.to(device)
+        return self
+
+
+def kept_taps(folder: Path) -> list[int]:
+    """Layers whose features a corpus folder holds; none where it holds none."""
+    path = features_path(folder, 0)
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="pt") as file:
+        taps: list[int] = json.loads(file.metadata()["taps"])
+    return taps
+
+
+def capture_features(target: CausalModel, sample: Sample, taps: Sequence[int]) -> torch.Tensor:
+    """Run the target over one conversation: `[T, m * D]`, bf16, the last token's row included."""
+    with torch.inference_mode(), target.tapped(taps) as features:
+        target.model.base_model(input_ids=sample.tokens[None].to(target.device), use_cache=False)
+        rows = features.take()[0].to(torch.bfloat16).cpu()
+    return rows.clone()

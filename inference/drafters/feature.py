@@ -1,0 +1,106 @@
+"""A network that reads the target's features as the draft: EAGLE-3, DFlash, DSpark and whatever is added to them.
+
+Features arrive from the decoder for tokens that are verified, so nothing is ever taken back: the context only grows,
+and a block leaves no trace.
+"""
+
+import torch
+
+from inference.drafters import LoadContext, Proposal
+from inference.feature_drafts import FeatureNetwork, load_network
+from inference.lookahead import Lookahead, Visible
+from inference.precision import model_nbytes
+from inference.randomness import Source
+from inference.sampling import SamplingSettings, process_logits
+
+
+class FeatureDrafter:
+    """Drives a feature network through rounds.
+
+    Confidence of a position is the network's own head where it has one, else the largest probability of the row.
+
+    Attributes:
+        taps: target layers whose outputs `read` is given.
+    """
+
+    kind = "feature"
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        self.network = network
+        self.taps = tuple(network.taps)
+        self._cache = network.new_cache()
+        self._unread: list[torch.Tensor] = []
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """Forget the last request."""
+        self._cache.clear()
+        self._unread.clear()
+
+    def read(self, features: torch.Tensor) -> None:
+        """Features `[n, m * D]` of tokens that were just verified; projected when a block is next asked for."""
+        self._unread.append(features)
+
+    def propose(
+        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+    ) -> Proposal:
+        """See `Drafter.propose`. The whole trained block is computed whatever the limit; its first slots are used."""
+        tokens = context[:0]
+        limit = min(limit, self.network.block)
+        # A prompt of one token leaves nothing to read.
+        if limit < 1 or context.shape[0] < 2:
+            return Proposal(tokens)
+        self._catch_up(context)
+        block = self.network.begin_block(context[-1], self._cache)
+        rows: list[torch.Tensor] = []
+        confidences: tuple[float, ...] = ()
+        previous = context[-1]
+        while tokens.shape[0] < limit:
+            position = tokens.shape[0] + 1
+            if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
+                break
+            step = self.network.step(block, position - 1, previous, confidence=lookahead.needs_confidence)
+            history = torch.cat([context, tokens])
+            logits = self._over_the_vocabulary(step.logits)[None]
+            row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
+            probs = None if settings.greedy and not lookahead.needs_confidence else torch.softmax(row, dim=-1)
+            if lookahead.needs_confidence and probs is not None:
+                chance = probs.max() if step.confidence is None else step.confidence
+                confidences = (*confidences, float(chance))
+                if not lookahead.keeps(Visible(position, confidences)):
+                    break
+            if settings.greedy:
+                previous = row.argmax()
+            else:
+                assert probs is not None, "sampling needs the distribution"
+                previous = generator.categorical(probs)
+                rows.append(probs)
+            tokens = torch.cat([tokens, previous[None]])
+        return Proposal(tokens, torch.stack(rows) if rows else None)
+
+    def rollback(self, num_accepted: int) -> None:
+        """Nothing to take back: a block is never written into the context."""
+
+    def nbytes(self) -> int:
+        """See `Drafter.nbytes`; the target's embedding and head are borrowed and not counted."""
+        return model_nbytes(self.network) + self._cache.nbytes()
+
+    def _catch_up(self, context: torch.Tensor) -> None:
+        """Project the features that came since the last block."""
+        if self._unread:
+            features = torch.cat(self._unread) if len(self._unread) > 1 else self._unread[0]
+            start = self._cache.length
+            self.network.read(features, context[start + 1 : start + 1 + features.shape[0]], self._cache)
+            self._unread.clear()
+
+    def _over_the_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits over the target's vocabulary, `[V]`; what the draft cannot propose is -inf."""
+        ids = self.network.vocabulary
+        if ids is None:
+            return logits
+        spread = logits.new_full((self.network.shape.vocab,), -torch.inf)
+        return spread.index_copy_(0, ids, logits)
+
+
+def load(spec: dict[str, object], context: LoadContext) -> FeatureDrafter:
+    """See `load_drafter`."""
+    return FeatureDrafter(load_network(context.folder, context.target, precision=context.precision))

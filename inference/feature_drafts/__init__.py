@@ -1,0 +1,415 @@
+"""Drafts that read the target's features: one module a kind, each with a `Config` and the network it builds.
+
+A network is written once for any causal LM. It borrows the target's embedding and output head, sees features of
+verified tokens alone, and offers two faces of one computation: `slot_states` over whole packed sequences for training,
+and `read` / `begin_block` / `step` with a cache for decoding. Tests hold them equal.
+
+A folder holds `config.json` (flat keys of DSpark checkpoints, our `kind` beside them), `model.safetensors` with the
+trained tensors, and `draft.json`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from inference.errors import InputError
+from inference.feature_drafts._layers import DraftCache, DraftShape
+from inference.features import EMBEDDING, check_taps, default_taps
+from inference.model import CausalModel, OutputHead
+from inference.plugins import plugin
+from inference.precision import apply_precision
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INITS = ("target", "random")
+# Projecting a context token, in layers: m * D numbers to D, and the keys and values of each layer.
+_CONTEXT_WORK = 0.5
+
+
+@dataclass(kw_only=True)
+class FeatureDraftConfig:
+    """What all kinds have in common: architecture first, then how the training stage feeds them.
+
+    Attributes:
+        block: tokens proposed a round.
+        layers: decoder layers of the draft.
+        taps: target layers read (decoder indices); empty for `num_taps` spread from layer 1 to n - 3.
+        vocabulary: tokens the draft can propose, the most frequent ones of the training responses; 0 for all.
+        qk_norm: norm queries and keys per head; engines that serve these drafts expect it.
+        init: `target` starts the layers from the target's last ones and the projection as the identity on the last tap,
+            where the shapes allow it; `random` does not.
+        lr: peak learning rate in place of the optimizer's own; 0 keeps that.
+        sequences_per_step: conversations in one micro-batch.
+        anchors: anchors drawn in each of them.
+        row_tokens: conversations are packed into rows of about this many tokens.
+        max_tokens: longer conversations are cut.
+        chunk_tokens: positions whose vocabulary-wide rows exist at one time.
+        position_decay: slot k (from 0) weighs exp(-k / position_decay); 0 weighs all alike.
+    """
+
+    kind: str
+    block: int = 7
+    layers: int = 2
+    taps: list[int] = field(default_factory=list)
+    vocabulary: int = 12_288
+    qk_norm: bool = True
+    init: str = "target"
+    lr: float = 3e-3
+    sequences_per_step: int = 4
+    anchors: int = 16
+    row_tokens: int = 1024
+    max_tokens: int = 512
+    chunk_tokens: int = 256
+    position_decay: float = 4.0
+
+    trained = True
+    num_taps = 5
+
+    def __post_init__(self) -> None:
+        for name in ("block", "layers", "sequences_per_step", "anchors", "row_tokens", "max_tokens", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use at least 1")
+        for name in ("vocabulary", "lr", "position_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use 0 or more")
+        if self.init not in INITS:
+            raise ValueError(f"draft.{self.kind}.init is {self.init!r}; choose one of {', '.join(INITS)}")
+
+    def step_work(
+        self, *, prompt_tokens: float, response_tokens: float, num_target_layers: int, vocab_size: int
+    ) -> tuple[float, float]:
+        """What one conversation costs in a step, for the time plan: token-layers, and positions through a whole head.
+
+        Every token of the context is projected, which costs about half a layer; every slot goes through the layers and
+        through both heads, cut to the draft's vocabulary.
+        """
+        slots = min(self.anchors, response_tokens) * self.block
+        tokens = min(self.max_tokens, prompt_tokens + response_tokens)
+        share = (self.vocabulary or vocab_size) / vocab_size
+        return self.layers * slots + _CONTEXT_WORK * tokens, slots * min(share, 1.0)
+
+    def tapped_layers(self, num_target_layers: int) -> list[int]:
+        """Target layers read."""
+        return list(self.taps) or default_taps(num_target_layers, self.num_taps)
+
+    def build(self, shape: DraftShape, taps: list[int], vocabulary: Tensor | None) -> "FeatureNetwork":
+        """The untrained network.
+
+        Args:
+            shape: of the target.
+            taps: target layers read.
+            vocabulary: sorted target ids of the tokens it can propose, int64 `[Vd]`; None for all.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Whole conversations packed into R rows of T tokens, with A anchors a row and G slots each.
+
+    Attributes:
+        tokens: int64 `[R, T]`.
+        segments: int64 `[R, T]`, which conversation of the row a token belongs to; -1 for padding.
+        positions: int64 `[R, T]`, position within its conversation.
+        features: `[R, T, m * D]`.
+        anchors: int64 `[R, A]`, columns of the anchors; each is followed by a supervised token and is not the first of
+            its conversation. Padding repeats some column.
+        slots: bool `[R, A, G]`, true where slot k's token is supervised and so are all before it; a padding anchor has
+            none.
+    """
+
+    tokens: Tensor
+    segments: Tensor
+    positions: Tensor
+    features: Tensor
+    anchors: Tensor
+    slots: Tensor
+
+    def block_tokens(self, length: int) -> Tensor:
+        """The anchors' tokens and the `length` after them, int64 `[R, A, 1 + length]`; what is past the row is 0."""
+        columns = self.anchors[..., None] + torch.arange(length + 1, device=self.anchors.device)
+        inside = columns < self.tokens.shape[1]
+        rows = torch.arange(self.tokens.shape[0], device=self.anchors.device)[:, None, None]
+        return torch.where(inside, self.tokens[rows, columns.clamp(max=self.tokens.shape[1] - 1)], 0)
+
+    def context_mask(self, *, before: int) -> Tensor:
+        """Which context columns an anchor sees: of its conversation, below column anchor - `before` + 1.
+
+        Returns:
+            bool `[R, A, T]`.
+        """
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        mine = self.segments.gather(1, self.anchors)
+        same = self.segments[:, None, :] == mine[:, :, None]
+        return same & (columns <= (self.anchors - before)[:, :, None])
+
+
+class Block(Protocol):
+    """What a network carries from slot to slot of one block; its own type, opaque to the drafter."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One slot's outcome.
+
+    Attributes:
+        logits: `[Vd]`, over the draft's vocabulary.
+        confidence: chance in (0, 1) that the token survives given that all before it did, a scalar tensor; None when
+            the network has no such head.
+    """
+
+    logits: Tensor
+    confidence: Tensor | None = None
+
+
+class Borrowed:
+    """The target's embedding and output head: used, never trained, never saved."""
+
+    def __init__(self, target: CausalModel) -> None:
+        self._embedding = target.model.get_input_embeddings()
+        self.head = OutputHead(target.model)
+        self.scale = embedding_scale(target)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the target's first layer reads for tokens, `[..., D]`, without learned positions."""
+        with torch.no_grad():
+            states: Tensor = self._embedding(tokens)
+        return states if self.scale == 1.0 else states * self.scale
+
+
+def embedding_scale(target: CausalModel) -> float:
+    """The factor some families put between the embedding and the first layer, measured; 1 where there is none."""
+    token = torch.zeros(1, dtype=torch.long, device=target.device) + target.vocab_size // 2
+    with torch.inference_mode(), target.tapped([EMBEDDING]) as features:
+        target.logits(token, target.new_cache(), num_rows=1)
+        entering = features.take()[0, 0].double()
+        embedded = target.model.get_input_embeddings()(token)[0].double()
+    factor = float((entering @ embedded) / (embedded @ embedded))
+    left = float((entering - factor * embedded).norm() / entering.norm())
+    return factor if left < 1e-2 and abs(factor - 1.0) > 1e-3 else 1.0
+
+
+class FeatureNetwork(nn.Module):
+    """A draft network.
+
+    Attributes:
+        config: its settings.
+        shape: of the target.
+        taps: target layers it reads.
+        block: tokens it proposes a round.
+        vocabulary: sorted target ids it can propose, int64 `[Vd]`, or None for all.
+        head: slot states `[n, S]` to logits `[n, Vd]`; parameters that take a gradient are the draft's own.
+        borrowed: set by `bind`.
+    """
+
+    head: nn.Module
+    vocabulary: Tensor | None
+
+    def __init__(self, config: FeatureDraftConfig, shape: DraftShape, taps: list[int], vocabulary: Tensor | None):
+        super().__init__()
+        self.config, self.shape, self.taps, self.block = config, shape, list(taps), config.block
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+        if vocabulary is not None:
+            self.lm_head = nn.Linear(shape.hidden, vocabulary.shape[0], bias=False).requires_grad_(False)
+        self._borrowed: tuple[Borrowed, ...] = ()
+
+    def bind(self, target: CausalModel, *, copy_head: bool = False) -> None:
+        """Borrow the target's embedding and head.
+
+        Args:
+            target: on this network's device.
+            copy_head: also copy the head's rows of the reduced vocabulary (a new network; a loaded one has them).
+        """
+        # In a tuple, so that the target's modules do not become this module's own.
+        self._borrowed = (Borrowed(target),)
+        if copy_head and self.vocabulary is not None:
+            with torch.no_grad():
+                weight = target.model.get_output_embeddings().weight
+                self.lm_head.weight.copy_(weight[self.vocabulary.to(weight.device)])
+
+    @property
+    def borrowed(self) -> Borrowed:
+        """The target's parts."""
+        return self._borrowed[0]
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: `head` only names again what others own."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("head.")}
+
+    def base_logits(self, states: Tensor) -> Tensor:
+        """The target's head over the draft's vocabulary, soft-cap and scale included: `[..., D]` to `[..., Vd]`."""
+        head = self.borrowed.head
+        if self.vocabulary is None:
+            logits: Tensor = head(states)
+            return logits
+        return head.after(self.lm_head(states))
+
+    # Training
+
+    def slot_states(self, batch: PackedBatch) -> Tensor:
+        """What enters `head` in every slot, teacher-forced: `[R, A, G, S]`; slots that are not valid hold anything."""
+        raise NotImplementedError
+
+    def confidence_logits(self, states: Tensor) -> Tensor | None:
+        """Logits `[n]` of the chance that a slot's token is accepted, from `[n, S]`; None without such a head."""
+        return None
+
+    def init_from(self, target: CausalModel) -> bool:
+        """Start from the target's layers; false where the shapes do not allow it and nothing was changed."""
+        return False
+
+    # Decoding
+
+    def new_cache(self) -> DraftCache:
+        """An empty context."""
+        return DraftCache(self.config.layers)
+
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
+        """Add verified tokens to the context.
+
+        Args:
+            features: `[n, m * D]`, of the n tokens after those in the cache.
+            next_tokens: int64 `[n]`, the token after each of them.
+            cache: extended by n positions.
+        """
+        raise NotImplementedError
+
+    def begin_block(self, anchor: Tensor, cache: DraftCache) -> Any:
+        """Everything about a block that does not depend on its own tokens; `anchor` is int64 `[]`."""
+        raise NotImplementedError
+
+    def step(self, block: Any, slot: int, previous: Tensor, *, confidence: bool) -> Step:
+        """Slot `slot` (from 0) of a block, given the token before it, int64 `[]`: called for 0, 1, ... in order."""
+        raise NotImplementedError
+
+
+class SlotHead(nn.Module):
+    """Base logits plus, for heads that look at the previous token, a low-rank bias.
+
+    Slot states are `[h ; z]`: h of width D goes through the target's head, z of width r through `expand`.
+    """
+
+    def __init__(self, network: FeatureNetwork, expand: nn.Linear | None = None) -> None:
+        super().__init__()
+        self._network = (network,)
+        self.expand = expand
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[n, S]` to `[n, Vd]`."""
+        (network,) = self._network
+        width = network.shape.hidden
+        logits = network.base_logits(states[..., :width])
+        return logits if self.expand is None else logits + self.expand(states[..., width:])
+
+
+def make_network(
+    config: FeatureDraftConfig, target: CausalModel, vocabulary: Tensor | None, *, seed: int
+) -> FeatureNetwork:
+    """A new network for a target, initialised as its settings say, bound, and on the target's device.
+
+    Raises:
+        InputError: taps the target does not have.
+    """
+    shape = DraftShape.of(target.model.config)
+    taps = config.tapped_layers(shape.target_layers)
+    check_taps(taps, shape.target_layers, where=f"draft.{config.kind}.taps")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network = config.build(shape, taps, vocabulary)
+    network.to(target.device)
+    network.bind(target, copy_head=True)
+    if config.init == "target":
+        network.init_from(target)
+    return network
+
+
+def save_network(network: FeatureNetwork, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` (bf16; token ids as int64)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = network.own_tensors()
+    tensors = {name: tensor.detach().to(torch.bfloat16).cpu().contiguous() for name, tensor in own.items()}
+    if network.vocabulary is not None:
+        ids = network.vocabulary.cpu()
+        known = torch.zeros(network.shape.vocab, dtype=torch.bool)
+        known[ids] = True
+        # Field's convention: target id = draft id + d2t[draft id].
+        tensors |= {"d2t": ids - torch.arange(ids.shape[0]), "t2d": known}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    shape, config = network.shape, network.config
+    text = {
+        "kind": config.kind,
+        "settings": asdict(config),
+        "shape": asdict(shape),
+        "target_layer_ids": network.taps,
+        "num_target_layers": shape.target_layers,
+        "vocab_size": shape.vocab,
+        "draft_vocab_size": shape.vocab if network.vocabulary is None else network.vocabulary.shape[0],
+        "block_size": network.block,
+        "dtype": "bfloat16",
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_network(folder: Path, target: CausalModel, *, precision: str) -> FeatureNetwork:
+    """Read a network and bind it to its target.
+
+    Args:
+        folder: written by `save_network`.
+        target: the target it was made for.
+        precision: see `inference.precision`.
+
+    Raises:
+        InputError: files missing, truncated or of another shape than the target's.
+    """
+    try:
+        text = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE)
+        config: FeatureDraftConfig = plugin("inference.feature_drafts", str(text["kind"])).Config(**text["settings"])
+        shape, taps = DraftShape(**text["shape"]), [int(tap) for tap in text["target_layer_ids"]]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"unreadable draft: {reason}", where=str(folder), mend="build the draft again") from None
+    wanted = DraftShape.of(target.model.config)
+    if shape != wanted:
+        raise InputError(
+            f"the draft was made for a target of shape {shape}, this one has {wanted}",
+            where=str(folder),
+            mend="use the draft's own target, or build a draft for this one",
+        )
+    vocabulary = None
+    if "d2t" in tensors:
+        vocabulary = tensors.pop("d2t") + torch.arange(int(text["draft_vocab_size"]))
+        tensors.pop("t2d", None)
+    network = config.build(shape, taps, vocabulary)
+    try:
+        missing, unexpected = network.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
+        wrong = [*unexpected, *(name for name in missing if name in network.own_tensors())]
+        if wrong:
+            raise RuntimeError(f"{wrong[0]} is missing or not of this kind")
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the draft's tensors do not fit: {reason}", where=str(folder), mend="build it again"
+        ) from None
+    for name, tensor in network.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"NaN or infinite weights in {name}", where=str(folder), mend="build the draft again")
+    network.to(target.device).eval().requires_grad_(False)
+    network.bind(target)
+    return put_in_precision(network, precision)
+
+
+def put_in_precision(network: FeatureNetwork, precision: str) -> FeatureNetwork:
+    """Put a network that will only decode into an arithmetic, in place."""
+    if precision in {"bf16", "fp16"}:
+        network.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+    apply_precision(network, precision)
+    return network
+
+
+__all__ = ["FeatureDraftConfig", "FeatureNetwork", "PackedBatch", "Step", "make_network"]

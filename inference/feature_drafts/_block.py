@@ -1,0 +1,162 @@
+"""The DFlash backbone: a whole block in one pass, target features injected as keys and values of every layer.
+
+Source: DFlash (Chen et al. 2026, arXiv 2602.06036), method section 2. Layer-normed block states and projected features
+go through the same key and value matrices; the context is never updated by the layers. Inside a block attention is
+bidirectional; of the context it sees what lies strictly before the anchor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch
+from inference.feature_drafts._layers import DraftCache, DraftLayer, DraftShape, KeysValues
+from inference.layers import decoder_layers
+from inference.model import CausalModel
+
+
+@dataclass(kw_only=True)
+class BlockConfig(FeatureDraftConfig):
+    """Settings of drafts on this backbone: no more than the common ones."""
+
+
+class BlockNetwork(FeatureNetwork):
+    """Projection, layers and norm. A subclass says which slots predict and what comes after them.
+
+    Attributes:
+        extra: slots before the first one that predicts: 0 where the anchor's own slot does (DSpark), else 1 (DFlash).
+    """
+
+    extra = 0
+
+    def __init__(self, config: BlockConfig, shape: DraftShape, taps: list[int], vocabulary: Tensor | None) -> None:
+        super().__init__(config, shape, taps, vocabulary)
+        self.fc = nn.Linear(len(taps) * shape.hidden, shape.hidden, bias=False)
+        self.hidden_norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.layers = nn.ModuleList(DraftLayer(shape, qk_norm=config.qk_norm) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.mask_embedding = nn.Parameter(torch.randn(shape.hidden) * 0.02)
+
+    @property
+    def width(self) -> int:
+        """Slots of a block, those before the first prediction included."""
+        return self.block + self.extra
+
+    # One computation
+
+    @property
+    def stack(self) -> list[DraftLayer]:
+        """The layers."""
+        return [layer for layer in self.layers if isinstance(layer, DraftLayer)]
+
+    def context(self, features: Tensor, positions: Tensor) -> KeysValues:
+        """Keys and values of every layer for features `[batch, T, m * D]` at positions `[batch, T]`."""
+        projected = self.hidden_norm(self.fc(features))
+        return [layer.self_attn.keys_values(projected, positions) for layer in self.stack]
+
+    def run(self, anchors: Tensor, positions: Tensor, context: KeysValues, mask: Tensor | None) -> Tensor:
+        """Final states of blocks.
+
+        Args:
+            anchors: int64 `[batch, A]`, the anchors' tokens.
+            positions: int64 `[batch, A]`, the anchors' positions.
+            context: of `context`.
+            mask: bool `[batch, 1, A * width, T + A * width]`, or None when all is visible.
+
+        Returns:
+            `[batch, A, block, D]`: the slots that predict.
+        """
+        batch, count = anchors.shape
+        embedded = self.borrowed.embed(anchors).to(self.mask_embedding.dtype)
+        masks = self.mask_embedding.expand(batch, count, self.width - 1, -1)
+        states = torch.cat([embedded[:, :, None], masks], dim=2).reshape(batch, count * self.width, -1)
+        slots = torch.arange(self.width, device=anchors.device)
+        places = (positions[..., None] + slots).reshape(batch, -1)
+        for layer, keys_values in zip(self.stack, context, strict=True):
+            states = layer(states, places, keys_values, mask)
+        final: Tensor = self.norm(states).reshape(batch, count, self.width, -1)
+        return final[:, :, self.extra :]
+
+    # Training
+
+    def block_states(self, batch: PackedBatch) -> Tensor:
+        """Final states of all blocks of a batch, `[R, A, G, D]`."""
+        context = self.context(batch.features, batch.positions)
+        anchors = batch.block_tokens(0)[..., 0]
+        positions = batch.positions.gather(1, batch.anchors)
+        return self.run(anchors, positions, context, self.mask(batch))
+
+    def mask(self, batch: PackedBatch) -> Tensor:
+        """Context strictly before the anchor, then the own block: bool `[R, 1, A * width, T + A * width]`."""
+        rows, count = batch.anchors.shape
+        seen = batch.context_mask(before=1).repeat_interleave(self.width, dim=1)
+        real = batch.slots.any(-1).repeat_interleave(self.width, dim=1)
+        block = torch.arange(count, device=seen.device).repeat_interleave(self.width)
+        own = (block[:, None] == block[None, :]).expand(rows, -1, -1)
+        return (torch.cat([seen, own], dim=2) & real[:, :, None])[:, None]
+
+    def init_from(self, target: CausalModel) -> bool:
+        """Copy the target's last layers, the final norm, and make the projection the identity on the last tap.
+
+        Only for targets whose layers have these very parts (llama, qwen and their like); else nothing is changed.
+        """
+        sources = list(decoder_layers(target.model))[-len(self.layers) :]
+        named = [dict(source.named_parameters()) for source in sources]
+        wanted = [
+            {name: p for name, p in layer.named_parameters() if not name.endswith(("q_norm.weight", "k_norm.weight"))}
+            for layer in self.layers
+        ]
+        if len(sources) < len(self.layers) or any(
+            name not in have or have[name].shape != parameter.shape
+            for have, want in zip(named, wanted, strict=False)
+            for name, parameter in want.items()
+        ):
+            return False
+        with torch.no_grad():
+            for have, want in zip(named, wanted, strict=True):
+                for name, parameter in want.items():
+                    parameter.copy_(have[name])
+            self.fc.weight.zero_()
+            size = self.shape.hidden
+            self.fc.weight[:, -size:] = torch.eye(size, device=self.fc.weight.device)
+            self._match_scales(target)
+        return True
+
+    def _match_scales(self, target: CausalModel) -> None:
+        """Give the norms the sizes that the copied layers are used to, measured on a probe of random tokens."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(64, target.context_limit // 2)
+        probe = torch.randint(target.vocab_size, (length,), generator=generator).to(target.device)
+        first = self.shape.target_layers - len(self.layers)
+        with torch.inference_mode(), target.tapped([first - 1]) as features:
+            target.logits(probe, target.new_cache(), num_rows=1)
+            entering = features.take()[0].to(self.fc.weight.dtype)
+        source = decoder_layers(target.model)[first]
+        for name, parameter in source.named_parameters():
+            if name == "input_layernorm.weight":
+                self.hidden_norm.weight.copy_(parameter)
+        if self.config.qk_norm:
+            positions = torch.arange(length, device=target.device)[None]
+            for layer in self.stack:
+                normed = layer.input_layernorm(entering)[None]
+                attention = layer.self_attn
+                for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
+                    heads = projection(normed).reshape(1, positions.shape[1], -1, self.shape.head_dim)
+                    assert isinstance(norm, nn.RMSNorm), "qk_norm puts norms there"
+                    norm.weight.fill_(float(heads.pow(2).mean().sqrt()))
+        for name, parameter in target.model.base_model.named_parameters():
+            if name == "norm.weight" and parameter.shape == self.norm.weight.shape:
+                self.norm.weight.copy_(parameter)
+
+    # Decoding
+
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
+        """See `FeatureNetwork.read`; the next tokens are not looked at."""
+        positions = torch.arange(cache.length, cache.length + features.shape[0], device=features.device)
+        cache.extend(self.context(features[None].to(self.mask_embedding.dtype), positions[None]))
+
+    def decoded_states(self, anchor: Tensor, cache: DraftCache) -> Tensor:
+        """Final states of one block after the context in the cache, `[block, D]`."""
+        position = anchor.new_full((1, 1), cache.length)
+        return self.run(anchor.reshape(1, 1), position, cache.keys_values(), None)[0, 0]

@@ -1,0 +1,228 @@
+"""Layers shared by all drafts that read target features: attention over projected features and the block itself.
+
+Tensor names follow the DFlash and DSpark checkpoints (`fc`, `hidden_norm`, `layers.i.self_attn.q_proj`, ...). The
+shapes come from a small description of the target, so no model family is named here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig
+
+from inference.cache import RollbackLayer
+
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, `[batch, kv_heads, T, head_dim]`."""
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """What a draft takes over from its target.
+
+    Attributes:
+        hidden: hidden size D, of both.
+        intermediate: width of the feed-forward part.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        eps: of the norms.
+        rope_theta: base of the rotary positions.
+        vocab: tokens of the target.
+        target_layers: decoder layers of the target.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    rope_theta: float
+    vocab: int
+    target_layers: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "DraftShape":
+        """The shape a draft for a model of this configuration has; what a family lacks gets the usual value."""
+        text = config.get_text_config(decoder=True)
+        heads = int(text.num_attention_heads)
+        return cls(
+            hidden=int(text.hidden_size),
+            intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+            heads=heads,
+            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads) // 2 * 2,
+            eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
+            rope_theta=_rope_theta(getattr(text, "rope_parameters", None)),
+            vocab=int(text.vocab_size),
+            target_layers=int(text.num_hidden_layers),
+        )
+
+
+def _rope_theta(parameters: Any) -> float:
+    """The base of full attention; some families keep one set of parameters per kind of layer."""
+    if isinstance(parameters, dict):
+        inner = parameters.get("full_attention", parameters)
+        if isinstance(inner, dict) and inner.get("rope_theta"):
+            return float(inner["rope_theta"])
+    return 10_000.0
+
+
+def rotary(positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions `[batch, T]`: two tensors `[batch, 1, T, head_dim]`, halves repeated."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angles = positions[:, None, :, None].double() * theta**-exponent
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate states `[batch, heads, T, head_dim]` to their positions."""
+    cos, sin = rope
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention without copying keys: the queries of a group are stacked as further rows.
+
+    Args:
+        queries: `[batch, heads, Q, head_dim]`.
+        keys: `[batch, kv_heads, K, head_dim]`.
+        values: likewise.
+        mask: bool `[batch, 1, Q, K]`, true where a query sees a key; None lets all see all.
+
+    Returns:
+        `[batch, Q, heads * head_dim]`. A query that sees nothing gets zeros.
+    """
+    batch, heads, rows, width = queries.shape
+    groups = heads // keys.shape[1]
+    stacked = queries.reshape(batch, keys.shape[1], groups * rows, width)
+    if mask is not None:
+        # The softmax over nothing is not a number; such a query attends to everything and is zeroed.
+        seen = mask.any(-1, keepdim=True)
+        mask = (mask | ~seen).repeat(1, 1, groups, 1)
+    mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask)
+    mixed = mixed.reshape(batch, heads, rows, width)
+    if mask is not None:
+        mixed = mixed * seen
+    return mixed.transpose(1, 2).reshape(batch, rows, heads * width)
+
+
+class DraftAttention(nn.Module):
+    """Queries from the block; keys and values from the block and from whatever context is handed in."""
+
+    def __init__(self, shape: DraftShape, *, inputs: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.q_proj = nn.Linear(inputs, shape.heads * shape.head_dim, bias=False)
+        self.k_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
+        self.v_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
+        self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
+
+    def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys at their positions, and values, `[batch, kv_heads, T, head_dim]`, of states `[batch, T, inputs]`."""
+        batch, length, _ = states.shape
+        split = (batch, length, self.shape.kv_heads, self.shape.head_dim)
+        keys = self.k_norm(self.k_proj(states).reshape(split)).transpose(1, 2)
+        values = self.v_proj(states).reshape(split).transpose(1, 2)
+        return rotate(keys, self._rope(positions, states.dtype)), values
+
+    def queries(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Queries at their positions, `[batch, heads, Q, head_dim]`, of states `[batch, Q, inputs]`."""
+        batch, length, _ = states.shape
+        queries = self.q_proj(states).reshape(batch, length, self.shape.heads, self.shape.head_dim)
+        return rotate(self.q_norm(queries).transpose(1, 2), self._rope(positions, states.dtype))
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary(positions, head_dim=self.shape.head_dim, theta=self.shape.rope_theta, dtype=dtype)
+
+
+class DraftMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        result: Tensor = self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
+        return result
+
+
+class DraftLayer(nn.Module):
+    """A pre-norm layer over block states, whose attention also sees context keys and values it is handed."""
+
+    def __init__(self, shape: DraftShape, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.self_attn = DraftAttention(shape, inputs=shape.hidden, qk_norm=qk_norm)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.mlp = DraftMLP(shape)
+
+    def forward(self, block: Tensor, positions: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Block states `[batch, Q, D]` after the layer.
+
+        Args:
+            block: `[batch, Q, D]`.
+            positions: `[batch, Q]`.
+            context: keys and values `[batch, kv_heads, T, head_dim]`.
+            mask: bool `[batch, 1, Q, T + Q]`, context first; None lets every query see everything.
+        """
+        normed = self.input_layernorm(block)
+        keys, values = self.self_attn.keys_values(normed, positions)
+        keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
+        mixed = attend(self.self_attn.queries(normed, positions), keys, values, mask)
+        block = block + self.self_attn.o_proj(mixed)
+        result: Tensor = block + self.mlp(self.post_attention_layernorm(block))
+        return result
+
+
+class DraftCache:
+    """Keys and values of the context, one growing buffer a layer; nothing of a block ever enters it.
+
+    Only verified tokens' features are written, so a rejection leaves nothing to take back.
+
+    Attributes:
+        last: what a network wants to keep of the last position besides, `[1, 1, D]`.
+    """
+
+    last: Tensor
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [RollbackLayer() for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Context positions held."""
+        return self.layers[0].length
+
+    def extend(self, context: KeysValues) -> None:
+        """Append keys and values of further context positions."""
+        for layer, (keys, values) in zip(self.layers, context, strict=True):
+            layer.update(keys, values)
+
+    def keys_values(self) -> KeysValues:
+        """All that is held."""
+        found = []
+        for layer in self.layers:
+            assert layer.keys is not None and layer.values is not None, "nothing was read yet"
+            found.append((layer.keys, layer.values))
+        return found
+
+    def clear(self) -> None:
+        """Forget everything; the buffers stay."""
+        for layer in self.layers:
+            layer.rollback(0)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(layer.nbytes() for layer in self.layers)

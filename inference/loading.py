@@ -1,0 +1,153 @@
+"""From an ordinary Hugging Face folder to a `CausalModel`: safetensors only, no remote code, whole or refused.
+
+Runs nothing; what a model does once it is loaded is `inference.model`.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from inference.errors import InputError, first_line
+from inference.layers import keep_layers
+from inference.model import CausalModel
+from inference.precision import apply_precision, storage_dtype
+
+
+def load_causal_model(
+    folder: Path,
+    *,
+    precision: str,
+    device: torch.device,
+    attention: str = "sdpa",
+    quantization: Any = None,
+    kept_layers: list[int] | None = None,
+) -> CausalModel:
+    """Load an ordinary Hugging Face causal LM folder (safetensors only, no remote code).
+
+    Args:
+        folder: the model folder.
+        precision: see `inference.precision`.
+        device: where it runs.
+        attention: transformers' attention implementation.
+        quantization: a transformers quantization configuration, or None.
+        kept_layers: decoder layers to keep, in order; None keeps all.
+
+    Raises:
+        InputError: missing folder, missing, truncated, incomplete or non-finite weights.
+    """
+    check_model_folder(folder)
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=storage_dtype(precision),
+                attn_implementation=attention,
+                quantization_config=quantization,
+                device_map={"": str(device)} if quantization is not None else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"cannot load the model: {first_line(error)}",
+                where=str(folder),
+                mend="check or fetch the folder again",
+            ) from None
+    model: PreTrainedModel = loaded[0]
+    # transformers would fill what is missing with random numbers and say so in a notice.
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights lack {len(missing)} tensors, for example {missing[0]}",
+            where=str(folder),
+            mend="fetch or build the folder again",
+        )
+    check_finite(model, where=str(folder))
+    if kept_layers is not None:
+        keep_layers(model, kept_layers)
+    if quantization is None:
+        nn.Module.to(model, device)
+        apply_precision(model, precision)
+    return CausalModel(model, folder=folder, precision=precision)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse, before anything is loaded, a folder that is no whole model.
+
+    Raises:
+        InputError: no folder, no configuration, no safetensors, or a file shorter than its own header says.
+    """
+    if not folder.is_dir():
+        raise InputError("no such model folder", where=str(folder), mend="give a folder or an id that exists")
+    if not (folder / "config.json").is_file():
+        raise InputError("no config.json here", where=str(folder), mend="point at a Hugging Face model folder")
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"config.json is off: {first_line(error)}", where=str(folder), mend="fetch it again") from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError("no safetensors weights here", where=str(folder), mend="convert the weights to safetensors")
+    for file in files:
+        expected, actual = _safetensors_bytes(file), file.stat().st_size
+        if expected is None:
+            raise InputError("not a safetensors file", where=str(file), mend="fetch or build it again")
+        if expected != actual:
+            raise InputError(
+                f"truncated weights: {actual} bytes where its header promises {expected}",
+                where=str(file),
+                mend="fetch or build it again",
+            )
+
+
+def check_finite(model: nn.Module, *, where: str) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"NaN or infinite weights in {name}", where=where, mend="fetch or build it again")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notices off the terminal while a model loads."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _safetensors_bytes(file: Path) -> int | None:
+    """Size a safetensors file must have by its own header; None when the header itself is off."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            return None
+        (length,) = struct.unpack("<Q", prefix)
+        if length > file.stat().st_size:
+            return 8 + int(length)
+        try:
+            header = json.loads(stream.read(length))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return None
+    return 8 + int(length) + max(ends, default=0)

@@ -1,0 +1,253 @@
+"""Feature-reading drafts: one computation with two faces, masks by brute force, files, and the families they fit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference.errors import InputError
+from inference.feature_drafts import (
+    FeatureDraftConfig,
+    FeatureNetwork,
+    PackedBatch,
+    embedding_scale,
+    load_network,
+    make_network,
+    save_network,
+)
+from inference.feature_drafts.dflash import Config as DFlash
+from inference.feature_drafts.dspark import Config as DSpark
+from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.model import CausalModel
+from tests.inference.families import FAMILIES, VOCAB, family_model
+
+BLOCK = 3
+TAPS = [0, 1]
+SMALL = {"block": BLOCK, "taps": TAPS, "vocabulary": 0}
+CONFIGS: dict[str, FeatureDraftConfig] = {
+    "dflash": DFlash(**SMALL),
+    "dflash-random-one-layer": DFlash(**SMALL, init="random", layers=1, qk_norm=False),
+    "dspark": DSpark(**SMALL, markov_rank=4),
+    "dspark-gated": DSpark(**SMALL, markov_rank=4, markov_head="gated"),
+    "dspark-rnn": DSpark(**SMALL, markov_rank=4, markov_head="rnn"),
+    "eagle3": Eagle3(**SMALL),
+    "eagle3-random": Eagle3(**SMALL, init="random", qk_norm=True),
+}
+REDUCED = torch.tensor([1, 3, 4, 8, 20, 21, 40])
+
+
+def network_for(config: FeatureDraftConfig, target: CausalModel, vocabulary: Tensor | None = None) -> FeatureNetwork:
+    """A network in fp64 whose every part does something: what starts at zero is moved."""
+    network = make_network(config, target, vocabulary, seed=1).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return network.eval()
+
+
+def features_of(target: CausalModel, tokens: Tensor, taps: list[int]) -> Tensor:
+    """Features `[T, m * D]` of one sequence, in one pass without a cache."""
+    with torch.inference_mode(), target.tapped(taps) as features:
+        target.model(input_ids=tokens[None], use_cache=False)
+        return features.take()[0].clone()
+
+
+def packed(target: CausalModel, taps: list[int], sequences: list[Tensor], anchors: list[list[int]]) -> PackedBatch:
+    """All sequences in one row, every slot valid that lies inside its sequence; one padding anchor and column."""
+    width = sum(s.shape[0] for s in sequences) + 1
+    tokens, segments = torch.zeros(1, width, dtype=torch.long), torch.full((1, width), -1)
+    positions = torch.zeros(1, width, dtype=torch.long)
+    rows, columns, slots = [], [], []
+    start = 0
+    for index, sequence in enumerate(sequences):
+        length = sequence.shape[0]
+        tokens[0, start : start + length] = sequence
+        segments[0, start : start + length] = index
+        positions[0, start : start + length] = torch.arange(length)
+        rows.append(features_of(target, sequence, taps))
+        for anchor in anchors[index]:
+            columns.append(start + anchor)
+            slots.append([anchor + 1 + k < length for k in range(BLOCK)])
+        start += length
+    features = torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[1])])[None]
+    return PackedBatch(
+        tokens=tokens,
+        segments=segments,
+        positions=positions,
+        features=features,
+        anchors=torch.tensor([[*columns, columns[0]]]),
+        slots=torch.tensor([[*slots, [False] * BLOCK]]),
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def target(request: pytest.FixtureRequest) -> Iterator[CausalModel]:
+    """A tiny model of each family."""
+    yield family_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> CausalModel:
+    return family_model("llama")
+
+
+def sequence(length: int, *, seed: int) -> Tensor:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def stepwise(network: FeatureNetwork, features: Tensor, tokens: Tensor, chunks: list[int]) -> list[tuple[int, Tensor]]:
+    """Logits `[G, V]` of the block after each prefix whose length is a partial sum of `chunks`, read as decoding does:
+    in pieces, with a block drafted after every piece. Tokens of blocks are the sequence's own."""
+    found = []
+    cache = network.new_cache()
+    with torch.inference_mode():
+        for chunk in chunks:
+            start = cache.length
+            network.read(features[start : start + chunk], tokens[start + 1 : start + chunk + 1], cache)
+            anchor = cache.length
+            block = network.begin_block(tokens[anchor], cache)
+            logits = [
+                network.step(block, slot, tokens[anchor + slot], confidence=False).logits for slot in range(BLOCK)
+            ]
+            found.append((anchor, torch.stack(logits)))
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("reduced", [False, True])
+def test_decoding_with_a_cache_equals_the_training_forward(target: CausalModel, name: str, reduced: bool) -> None:
+    """Whatever the accepted lengths: the pieces in which features arrive, one to four at a time, change nothing."""
+    network = network_for(CONFIGS[name], target, REDUCED if reduced else None)
+    tokens = sequence(16, seed=3)
+    features = features_of(target, tokens, network.taps)
+    for chunks in ([1, 1, 1, 4, 2, 1], [5, 3, 2], [2, 4, 1, 3]):
+        steps = stepwise(network, features, tokens, chunks)
+        batch = packed(target, network.taps, [sequence(7, seed=4), tokens], [[2], [anchor for anchor, _ in steps]])
+        with torch.inference_mode():
+            states = network.slot_states(batch)[0, 1 : 1 + len(steps)]
+            expected = network.head(states.reshape(-1, states.shape[-1])).reshape(len(steps), BLOCK, -1)
+        assert expected.shape[-1] == (len(REDUCED) if reduced else VOCAB)
+        for (_, logits), wanted in zip(steps, expected, strict=True):
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dspark", "dspark-gated", "dspark-rnn"])
+def test_confidence_of_a_step_equals_that_of_training(llama: CausalModel, name: str) -> None:
+    network = network_for(CONFIGS[name], llama)
+    tokens = sequence(12, seed=3)
+    cache = network.new_cache()
+    with torch.inference_mode():
+        network.read(features_of(llama, tokens, TAPS)[:5], tokens[1:6], cache)
+        block = network.begin_block(tokens[5], cache)
+        chances = [network.step(block, slot, tokens[5 + slot], confidence=True).confidence for slot in range(BLOCK)]
+        states = network.slot_states(packed(llama, TAPS, [tokens], [[5]]))[0, 0]
+        logits = network.confidence_logits(states)
+    assert logits is not None
+    # In decoding the chance is given in fp32.
+    torch.testing.assert_close(torch.stack([c for c in chances if c is not None]), logits.sigmoid().float())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_slot_sees_what_it_must_and_nothing_else(llama: CausalModel, name: str) -> None:
+    """Change every input in turn: the states of a block change exactly where the method says they may."""
+    network = network_for(CONFIGS[name], llama)
+    tokens, other, anchor = sequence(12, seed=3), sequence(6, seed=8), 5
+    batch = packed(llama, TAPS, [other, tokens], [[2], [anchor, 8]])
+    start = other.shape[0]
+
+    def states(features: Tensor, changed: Tensor) -> Tensor:
+        with torch.inference_mode():
+            made = network.slot_states(
+                PackedBatch(changed, batch.segments, batch.positions, features, batch.anchors, batch.slots)
+            )
+        return made[0, 1]  # shape: [G, S], the first anchor of the second conversation
+
+    before = states(batch.features, batch.tokens)
+    for column in range(batch.tokens.shape[1]):
+        features = batch.features.clone()
+        features[0, column] += 1.0
+        seen = bool((states(features, batch.tokens) - before).abs().max() > 1e-9)
+        assert seen == (start <= column < start + anchor), f"features of column {column}"
+    eagle, sequential = name.startswith("eagle3"), name.startswith("dspark")
+    for column in range(batch.tokens.shape[1]):
+        changed = batch.tokens.clone()
+        changed[0, column] = (changed[0, column] + 1) % VOCAB
+        moved = (states(batch.features, changed) - before).abs().amax(-1) > 1e-9
+        place = column - start - anchor
+        for slot in range(BLOCK):
+            # The anchor's own token reaches all slots. A later one reaches the slot after it through the sequential
+            # head, and all after that through a chain or a recurrence. EAGLE-3 reads the context's tokens as well.
+            expected = (
+                place == 0
+                or (eagle and start < column < start + anchor)
+                or (sequential and place == slot)
+                or ((eagle or name == "dspark-rnn") and 0 < place <= slot)
+            )
+            assert bool(moved[slot]) == expected, f"token of column {column}, slot {slot}"
+
+
+def test_padding_anchors_and_rows_leave_gradients_finite(llama: CausalModel) -> None:
+    for config in CONFIGS.values():
+        network = network_for(config, llama).train()
+        batch = packed(llama, TAPS, [sequence(6, seed=1)], [[1, 3]])
+        network.slot_states(batch)[batch.slots].square().sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is None or bool(torch.isfinite(parameter.grad).all()), name
+
+
+def test_a_network_comes_back_from_its_files(llama: CausalModel, tmp_path: Path) -> None:
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        vocabulary = REDUCED if number % 2 else None
+        network = network_for(config, llama, vocabulary)
+        save_network(network, tmp_path / name)
+        loaded = load_network(tmp_path / name, llama, precision="fp32")
+        assert loaded.taps == network.taps and type(loaded) is type(network)
+        for key, tensor in network.own_tensors().items():
+            assert torch.equal(loaded.own_tensors()[key], tensor.to(torch.bfloat16).float()), key
+        assert (loaded.vocabulary is None) == (vocabulary is None)
+        if vocabulary is not None:
+            assert loaded.vocabulary is not None and torch.equal(loaded.vocabulary, vocabulary)
+
+
+def test_a_draft_for_another_shape_is_refused(llama: CausalModel, tmp_path: Path) -> None:
+    save_network(network_for(CONFIGS["dspark"], llama), tmp_path)
+    with pytest.raises(InputError, match="the draft was made for a target of shape"):
+        load_network(tmp_path, family_model("llama", hidden_size=16), precision="fp32")
+
+
+def test_damaged_files_are_refused(llama: CausalModel, tmp_path: Path) -> None:
+    save_network(network_for(CONFIGS["dspark"], llama), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(InputError, match="unreadable draft"):
+        load_network(tmp_path, llama, precision="fp32")
+    weights.write_bytes(content)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"kind": "dspark"', '"kind": "dflash"'))
+    with pytest.raises(InputError):
+        load_network(tmp_path, llama, precision="fp32")
+
+
+def test_drafts_start_from_the_target_where_shapes_allow_it() -> None:
+    for family, starts in {"llama": True, "qwen2": False, "qwen3": True, "gpt_neox": False, "phi": False}.items():
+        model = family_model(family)
+        fresh = make_network(DSpark(**SMALL, init="random"), model, None, seed=1)
+        assert fresh.init_from(model) is starts, family
+
+
+def test_embedding_scales_are_measured() -> None:
+    assert embedding_scale(family_model("llama")) == 1.0
+    assert embedding_scale(family_model("gemma2")) == pytest.approx(32**0.5, rel=1e-2)
+    # This one scales inside its embedding module already.
+    assert embedding_scale(family_model("gemma3_text")) == 1.0
+
+
+def test_taps_the_target_does_not_have_are_refused(llama: CausalModel) -> None:
+    for taps in ([2], [0, 0], [-2]):
+        with pytest.raises(InputError, match="cannot tap"):
+            make_network(DSpark(**{**SMALL, "taps": taps}), llama, None, seed=0)
