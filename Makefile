@@ -31,7 +31,7 @@ check: env  ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-kills: env  ## kill -9 a small run ten times, and compare what it ends with (about 10 minutes)
+kills: env  ## kill -9 a small run ten times, and compare what it ends with (about 20 minutes)
 	$(BIN)/python .ci/kills.py $(ARGS)
 
 format: env  ## mend formatting and what the linter can mend
