@@ -98,6 +98,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     Returns:
         `[batch, Q, heads * head_dim]`. A query that sees nothing gets zeros.
     """
+    # Under autocast norms and rotations leave fp32 behind.
+    queries, keys = queries.to(values.dtype), keys.to(values.dtype)
     batch, heads, rows, width = queries.shape
     groups = heads // keys.shape[1]
     stacked = queries.reshape(batch, keys.shape[1], groups * rows, width)
