@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distill.corpus import Sample, shard_name
-from inference.errors import InputError
+from inference.errors import InputError, first_line
 from inference.model import CausalModel
 
 BYTES_PER_NUMBER = 2
@@ -72,17 +72,8 @@ class FeatureShards:
         self._columns: torch.Tensor | None = None
         for index, shard in enumerate(samples):
             path = features_path(folder, index)
-            try:
-                file: Any = safe_open(path, framework="pt")
-                kept: list[int] = json.loads(file.metadata()["taps"])
-                rows = file.get_slice("features")
-                count, width = rows.get_shape()
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"unreadable features: {(str(error).splitlines() or ['?'])[0]}",
-                    where=str(path),
-                    mend="build the corpus again",
-                ) from None
+            rows, kept = _opened(path)
+            count, width = rows.get_shape()
             start = 0
             for sample in shard:
                 self._places[sample.id] = (rows, start, start + sample.tokens.shape[0])
@@ -108,20 +99,39 @@ class FeatureShards:
     def resident(self, device: torch.device) -> "FeatureShards":
         """Keep everything on an accelerator that has room for it three times over, so that no step waits for a copy."""
         if device.type == "cuda" and 3 * self._total < torch.cuda.mem_get_info(device)[0]:
-            whole = {id(rows): rows[:].to(device) for rows, _, _ in self._places.values()}
+            files = {id(rows): rows for rows, _, _ in self._places.values()}
+            whole = {key: rows[:].to(device) for key, rows in files.items()}
             self._places = {key: (whole[id(rows)], start, end) for key, (rows, start, end) in self._places.items()}
             self._columns = None if self._columns is None else self._columns.to(device)
         return self
 
 
+def _opened(path: Path) -> tuple[Any, list[int]]:
+    """A file's features, not read yet, and its layers.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        file: Any = safe_open(path, framework="pt")
+        kept = [int(tap) for tap in json.loads(file.metadata()["taps"])]
+        rows = file.get_slice("features")
+        if len(rows.get_shape()) != 2:
+            raise ValueError(f"a tensor of shape {rows.get_shape()}, not of rows")
+        return rows, kept
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = first_line(error)
+        raise InputError(f"unreadable features: {reason}", where=str(path), mend="build the corpus again") from None
+
+
 def kept_taps(folder: Path) -> list[int]:
-    """Layers whose features a corpus folder holds; none where it holds none."""
+    """Layers whose features a corpus folder holds; none where it holds none.
+
+    Raises:
+        InputError: the first file is damaged.
+    """
     path = features_path(folder, 0)
-    if not path.is_file():
-        return []
-    with safe_open(path, framework="pt") as file:
-        taps: list[int] = json.loads(file.metadata()["taps"])
-    return taps
+    return _opened(path)[1] if path.is_file() else []
 
 
 def capture_features(target: CausalModel, sample: Sample, taps: Sequence[int]) -> torch.Tensor:

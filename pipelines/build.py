@@ -170,7 +170,11 @@ def _features(
     if the disk has room; else from the target again whenever a batch asks."""
     if set(taps) <= set(kept_taps(corpus.path)):
         return FeatureShards(corpus.path, shards, taps=taps).resident(target.device).of
-    tokens = sum(sample.tokens.shape[0] for shard in shards for sample in shard)
+    folder = work.folder / "features"
+    work.drop.add("features")
+    # What an interrupted build has captured already needs no further room.
+    missing = [shard for index, shard in enumerate(shards) if not features_path(folder, index).is_file()]
+    tokens = sum(sample.tokens.shape[0] for shard in missing for sample in shard)
     hidden = target.model.config.get_text_config(decoder=True).hidden_size
     size = feature_bytes(tokens=tokens, hidden=hidden, num_taps=len(taps))
     room = shutil.disk_usage(work.folder).free / 2
@@ -179,9 +183,7 @@ def _features(
         logger.warning("%s: the target runs again every step", said)
         return partial(capture_features, target, taps=taps)
     logger.info("the corpus kept no features of layers %s: capturing %.0f MiB", taps, size / 2**20)
-    folder = work.folder / "features"
     folder.mkdir(exist_ok=True)
-    work.drop.add("features")
     for index, shard in tracked(list(enumerate(shards)), "features", unit="shards"):
         if not features_path(folder, index).is_file():
             write_features(folder, index, [capture_features(target, sample, taps) for sample in shard], taps)

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from distill.chat import messages_for, render_prompt
+from distill.chat import follow_up, messages_for, render_prompt
 from distill.corpus import read_shard, shard_written, write_shard
-from distill.features import bytes_per_token, feature_bytes, write_features
+from distill.features import bytes_per_token, feature_bytes, kept_taps, write_features
 from distill.prompts import Prompt, SourceContext, rank
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config as LocalResponses
@@ -174,7 +174,9 @@ def _affordable_taps(
     if not taps:
         return []
     check_taps(taps, num_layers, where="corpus.taps")
-    longest = sum(_rendered_length(p, tokenizer) + cfg.max_new_tokens * len(p.turns) for p in prompts)
+    if shard_written(folder, 0):
+        return kept_taps(folder)  # decided by the run that was interrupted, with another disk before it
+    longest = sum(_longest(p, tokenizer, answer=cfg.max_new_tokens) for p in prompts)
     size = feature_bytes(tokens=longest, hidden=int(str(shape["hidden_size"])), num_taps=len(taps))
     room = min(cfg.features_gib * 2**30, shutil.disk_usage(folder).free / 2)
     said = f"features of layers {', '.join(map(str, taps))}: at most {size / 2**20:.0f} MiB"
@@ -233,6 +235,17 @@ def _fits(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, room: int, answ
 
 def _rendered_length(prompt: Prompt, tokenizer: Any) -> int:
     return len(render_prompt(tokenizer, messages_for(prompt.turns, system=prompt.system)))
+
+
+def _longest(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, answer: int) -> int:
+    """Tokens of a conversation in which every answer takes all its tokens."""
+    messages = messages_for(prompt.turns, system=prompt.system)
+    length = len(render_prompt(tokenizer, messages)) + answer
+    for turn in prompt.turns[1:]:
+        messages = [*messages, {"role": "assistant", "content": "x"}]
+        length += len(follow_up(tokenizer, messages, response_ids=[], user=turn)) + answer
+        messages = [*messages, {"role": "user", "content": turn}]
+    return length
 
 
 def _write_prompts(folder: Path, prompts: PromptSet, *, chosen: list[SplitPrompt]) -> None:

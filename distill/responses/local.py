@@ -47,6 +47,8 @@ class Config:
             raise ValueError(
                 f"corpus.max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens}, {self.batch_size}"
             )
+        if not self.features_gib >= 0:
+            raise ValueError(f"corpus.features_gib is {self.features_gib}; use 0 or more")
         self.settings()
 
     def settings(self) -> SamplingSettings:

@@ -40,7 +40,6 @@ class FeatureDraftConfig:
         layers: decoder layers of the draft.
         taps: target layers read (decoder indices); empty for `num_taps` spread from layer 1 to n - 3.
         vocabulary: tokens the draft can propose, the most frequent ones of the training responses; 0 for all.
-        qk_norm: norm queries and keys per head; engines that serve these drafts expect it.
         init: `target` starts the layers from the target's last ones and the projection as the identity on the last tap,
             where the shapes allow it; `random` does not.
         lr: peak learning rate in place of the optimizer's own; 0 keeps that.
@@ -57,7 +56,6 @@ class FeatureDraftConfig:
     layers: int = 2
     taps: list[int] = field(default_factory=list)
     vocabulary: int = 12_288
-    qk_norm: bool = True
     init: str = "target"
     lr: float = 3e-3
     sequences_per_step: int = 4
@@ -332,7 +330,10 @@ def save_network(network: FeatureNetwork, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` (bf16; token ids as int64)."""
     folder.mkdir(parents=True, exist_ok=True)
     own = network.own_tensors()
-    tensors = {name: tensor.detach().to(torch.bfloat16).cpu().contiguous() for name, tensor in own.items()}
+    tensors = {
+        name: tensor.detach().to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
+        for name, tensor in own.items()
+    }
     if network.vocabulary is not None:
         ids = network.vocabulary.cpu()
         known = torch.zeros(network.shape.vocab, dtype=torch.bool)

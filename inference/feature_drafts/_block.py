@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch
-from inference.feature_drafts._layers import DraftCache, DraftLayer, DraftShape, KeysValues
+from inference.feature_drafts._layers import DraftCache, DraftLayer, DraftShape, KeysValues, plain_norm, same_parts
 from inference.layers import decoder_layers
 from inference.model import CausalModel
 
 
 @dataclass(kw_only=True)
 class BlockConfig(FeatureDraftConfig):
-    """Settings of drafts on this backbone: no more than the common ones."""
+    """Settings of drafts on this backbone, besides the common ones.
+
+    Attributes:
+        qk_norm: norm queries and keys per head; engines that serve these drafts expect it.
+    """
+
+    qk_norm: bool = True
 
 
 class BlockNetwork(FeatureNetwork):
@@ -99,55 +105,50 @@ class BlockNetwork(FeatureNetwork):
     def init_from(self, target: CausalModel) -> bool:
         """Copy the target's last layers, the final norm, and make the projection the identity on the last tap.
 
-        Only for targets whose layers have these very parts (llama, qwen and their like); else nothing is changed.
+        Only for targets whose layers have these very parts (llama, qwen3 and their like); else nothing is changed.
         """
         sources = list(decoder_layers(target.model))[-len(self.layers) :]
-        named = [dict(source.named_parameters()) for source in sources]
-        wanted = [
-            {name: p for name, p in layer.named_parameters() if not name.endswith(("q_norm.weight", "k_norm.weight"))}
-            for layer in self.layers
-        ]
-        if len(sources) < len(self.layers) or any(
-            name not in have or have[name].shape != parameter.shape
-            for have, want in zip(named, wanted, strict=False)
-            for name, parameter in want.items()
+        norm = dict(target.model.base_model.named_modules()).get("norm")
+        if (
+            len(sources) < len(self.layers)
+            or not all(same_parts(source, self.shape.hidden) for source in sources)
+            or norm is None
+            or not plain_norm(norm, self.shape.hidden)
         ):
             return False
+        entering = self._probe(target)
         with torch.no_grad():
-            for have, want in zip(named, wanted, strict=True):
-                for name, parameter in want.items():
-                    parameter.copy_(have[name])
+            for layer, source, states in zip(self.stack, sources, entering, strict=True):
+                named = dict(source.named_parameters())
+                for name, parameter in layer.named_parameters():
+                    if name in named:
+                        parameter.copy_(named[name])
+                    else:
+                        self._match_scale(layer, name, states)
+            self.hidden_norm.weight.copy_(sources[0].get_parameter("input_layernorm.weight"))
+            self.norm.weight.copy_(norm.get_parameter("weight"))
             self.fc.weight.zero_()
             size = self.shape.hidden
             self.fc.weight[:, -size:] = torch.eye(size, device=self.fc.weight.device)
-            self._match_scales(target)
         return True
 
-    def _match_scales(self, target: CausalModel) -> None:
-        """Give the norms the sizes that the copied layers are used to, measured on a probe of random tokens."""
+    def _probe(self, target: CausalModel) -> list[Tensor]:
+        """What enters each copied layer, `[T, D]`, when the target reads random tokens."""
         generator = torch.Generator().manual_seed(0)
         length = min(64, target.context_limit // 2)
         probe = torch.randint(target.vocab_size, (length,), generator=generator).to(target.device)
-        first = self.shape.target_layers - len(self.layers)
-        with torch.inference_mode(), target.tapped([first - 1]) as features:
+        first, size = self.shape.target_layers - len(self.layers), self.shape.hidden
+        taps = range(first - 1, self.shape.target_layers - 1)
+        with torch.inference_mode(), target.tapped(taps) as features:
             target.logits(probe, target.new_cache(), num_rows=1)
-            entering = features.take()[0].to(self.fc.weight.dtype)
-        source = decoder_layers(target.model)[first]
-        for name, parameter in source.named_parameters():
-            if name == "input_layernorm.weight":
-                self.hidden_norm.weight.copy_(parameter)
-        if self.config.qk_norm:
-            positions = torch.arange(length, device=target.device)[None]
-            for layer in self.stack:
-                normed = layer.input_layernorm(entering)[None]
-                attention = layer.self_attn
-                for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
-                    heads = projection(normed).reshape(1, positions.shape[1], -1, self.shape.head_dim)
-                    assert isinstance(norm, nn.RMSNorm), "qk_norm puts norms there"
-                    norm.weight.fill_(float(heads.pow(2).mean().sqrt()))
-        for name, parameter in target.model.base_model.named_parameters():
-            if name == "norm.weight" and parameter.shape == self.norm.weight.shape:
-                self.norm.weight.copy_(parameter)
+            states = features.take()[0].to(self.fc.weight.dtype)
+        return [states[:, i * size : (i + 1) * size].clone() for i in range(len(self.layers))]
+
+    def _match_scale(self, layer: DraftLayer, name: str, states: Tensor) -> None:
+        """Give a norm of queries or keys that the target lacks the size that its attention is used to."""
+        projection = layer.get_submodule(name.replace("_norm.weight", "_proj"))
+        heads = projection(layer.input_layernorm(states)).reshape(-1, self.shape.head_dim)
+        layer.get_parameter(name).fill_(float(heads.pow(2).mean().sqrt()))
 
     # Decoding
 

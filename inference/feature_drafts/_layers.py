@@ -188,6 +188,38 @@ class DraftLayer(nn.Module):
         return result
 
 
+def same_parts(source: nn.Module, size: int) -> bool:
+    """Whether a target's layer consists of the parts a draft layer has, so that its weights may be copied by name.
+
+    The parts: four projections without bias, SwiGLU, and two norms that are plain RMS norms (some families store a
+    weight less one); norms of queries and keys may be there besides.
+
+    Args:
+        source: a decoder layer of the target.
+        size: hidden size D.
+    """
+    projections = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    parts = {
+        *projections,
+        *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+        *(f"{n}.weight" for n in norms),
+    }
+    names = {name for name, _ in source.named_parameters()}
+    if not parts <= names <= {*parts, "self_attn.q_norm.weight", "self_attn.k_norm.weight"}:
+        return False
+    return all(plain_norm(source.get_submodule(name), size) for name in norms)
+
+
+@torch.no_grad()
+def plain_norm(norm: nn.Module, size: int) -> bool:
+    """Whether a norm over D numbers is `x / rms(x) * weight`."""
+    weight = norm.get_parameter("weight")
+    probe = torch.linspace(-1.0, 2.0, size, dtype=weight.dtype, device=weight.device)[None]
+    wanted = functional.rms_norm(probe, (size,), weight)
+    return bool(torch.allclose(norm(probe), wanted, rtol=1e-2, atol=1e-3))
+
+
 class DraftCache:
     """Keys and values of the context, one growing buffer a layer; nothing of a block ever enters it.
 

@@ -146,8 +146,10 @@ class DSpark(BlockNetwork):
         """See `FeatureNetwork.step`."""
         state = block.states[slot]
         before = self.markov_head.markov_w1(previous)
-        bias, block.carried = self.markov_head(state, before, block.carried)
-        logits = block.logits[slot] + self.markov_head.markov_w2(bias[None])[0]
+        # In rows of one: packed products take no vectors.
+        bias, carried = self.markov_head(state[None], before[None], block.carried[None])
+        block.carried = carried[0]
+        logits = block.logits[slot] + self.markov_head.markov_w2(bias)[0]
         if not confidence:
             return Step(logits)
         chance = torch.sigmoid(self.confidence_head(torch.cat([state, before])[None])[0].float())

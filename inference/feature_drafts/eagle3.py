@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, SlotHead, Step
-from inference.feature_drafts._layers import DraftAttention, DraftCache, DraftMLP, DraftShape, attend
+from inference.feature_drafts._layers import (
+    DraftAttention,
+    DraftCache,
+    DraftMLP,
+    DraftShape,
+    attend,
+    plain_norm,
+    same_parts,
+)
 from inference.layers import decoder_layers
 from inference.model import CausalModel
 
@@ -27,6 +35,7 @@ class Config(FeatureDraftConfig):
 
     Attributes:
         kind: this kind.
+        qk_norm: norm queries and keys per head; published EAGLE-3 drafts do not.
     """
 
     kind: str = "eagle3"
@@ -129,16 +138,14 @@ class Eagle3(FeatureNetwork):
 
     def init_from(self, target: CausalModel) -> bool:
         """Copy the target's last layer into the hidden half; the embedding half is zero, `fc` is the last tap."""
-        source = dict(decoder_layers(target.model)[-1].named_parameters())
-        mine = dict(self.layer.named_parameters())
-        halves = {f"self_attn.{name}_proj.weight" for name in "qkv"}
-        whole = [name for name in mine if name not in halves and name != "hidden_norm.weight"]
+        layer = decoder_layers(target.model)[-1]
+        norm = dict(target.model.base_model.named_modules()).get("norm")
         size = self.shape.hidden
-        fits = all(name in source and source[name].shape == mine[name].shape for name in whole) and all(
-            name in source and source[name].shape == mine[name][:, size:].shape for name in halves
-        )
-        if not fits:
+        if not same_parts(layer, size) or norm is None or not plain_norm(norm, size):
             return False
+        source, mine = dict(layer.named_parameters()), dict(self.layer.named_parameters())
+        halves = {f"self_attn.{name}_proj.weight" for name in "qkv"}
+        whole = [name for name in mine if name in source and name not in halves]
         with torch.no_grad():
             for name in whole:
                 mine[name].copy_(source[name])
@@ -148,9 +155,7 @@ class Eagle3(FeatureNetwork):
             mine["hidden_norm.weight"].copy_(source["input_layernorm.weight"])
             self.fc.weight.zero_()
             self.fc.weight[:, -size:] = torch.eye(size, device=self.fc.weight.device)
-            for name, parameter in target.model.base_model.named_parameters():
-                if name == "norm.weight" and parameter.shape == self.norm.weight.shape:
-                    self.norm.weight.copy_(parameter)
+            self.norm.weight.copy_(norm.get_parameter("weight"))
         return True
 
     # Decoding

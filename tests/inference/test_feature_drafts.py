@@ -21,6 +21,7 @@ from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.model import CausalModel
+from inference.precision import available_precisions
 from tests.inference.families import FAMILIES, VOCAB, family_model
 
 BLOCK = 3
@@ -213,6 +214,22 @@ def test_a_network_comes_back_from_its_files(llama: CausalModel, tmp_path: Path)
             assert loaded.vocabulary is not None and torch.equal(loaded.vocabulary, vocabulary)
 
 
+@pytest.mark.parametrize("precision", available_precisions(torch.device("cpu")))
+def test_loaded_networks_decode_in_every_arithmetic(precision: str, tmp_path: Path) -> None:
+    target = CausalModel(family_model("llama").model.float())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        save_network(network_for(config, target, REDUCED if number % 2 else None), tmp_path / name)
+        bound = CausalModel(family_model("llama").model.to(dtype))
+        network = load_network(tmp_path / name, bound, precision=precision)
+        cache = network.new_cache()
+        with torch.inference_mode():
+            network.read(torch.ones(4, 64, dtype=dtype), torch.tensor([1, 2, 3, 4]), cache)
+            block = network.begin_block(torch.tensor(4), cache)
+            steps = [network.step(block, slot, torch.tensor(slot), confidence=True) for slot in range(BLOCK)]
+        assert all(bool(torch.isfinite(step.logits).all()) for step in steps), name
+
+
 def test_a_draft_for_another_shape_is_refused(llama: CausalModel, tmp_path: Path) -> None:
     save_network(network_for(CONFIGS["dspark"], llama), tmp_path)
     with pytest.raises(InputError, match="the draft was made for a target of shape"):
@@ -234,17 +251,38 @@ def test_damaged_files_are_refused(llama: CausalModel, tmp_path: Path) -> None:
 
 
 def test_drafts_start_from_the_target_where_shapes_allow_it() -> None:
-    for family, starts in {"llama": True, "qwen2": False, "qwen3": True, "gpt_neox": False, "phi": False}.items():
+    # qwen2 has biases, the gemmas other norms, the last two other parts altogether.
+    for family in ("llama", "qwen3", "qwen2", "gemma2", "gemma3_text", "gpt_neox", "phi"):
         model = family_model(family)
-        fresh = make_network(DSpark(**SMALL, init="random"), model, None, seed=1)
-        assert fresh.init_from(model) is starts, family
+        for config in (DSpark(**SMALL, init="random"), Eagle3(**SMALL, init="random")):
+            fresh = make_network(config, model, None, seed=1)
+            before = {name: tensor.clone() for name, tensor in fresh.own_tensors().items()}
+            starts = fresh.init_from(model)
+            assert starts is (family in ("llama", "qwen3")), family
+            changed = [name for name, tensor in fresh.own_tensors().items() if not torch.equal(tensor, before[name])]
+            assert bool(changed) is starts, family
+
+
+def test_a_copied_layer_does_to_the_states_it_knows_what_it_did_in_the_target(llama: CausalModel) -> None:
+    """With no context and one slot a copied layer is the target's own, its norms of queries and keys left out."""
+    network = make_network(DFlash(**{**SMALL, "taps": [0]}, layers=1, qk_norm=False), llama, None, seed=1).double()
+    [layer] = network.stack  # type: ignore[attr-defined]
+    states = torch.randn(1, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    empty = torch.zeros(1, 2, 0, 8, dtype=torch.float64)
+    position = torch.tensor([[3]])
+    with torch.inference_mode():
+        found = layer(states, position, (empty, empty), None)
+        rope = llama.model.model.rotary_emb(states, position)
+        expected = llama.model.model.layers[-1](states, position_embeddings=rope, attention_mask=None)
+    # transformers computes the rotation's angles in fp32.
+    torch.testing.assert_close(found, expected[0] if isinstance(expected, tuple) else expected, rtol=0, atol=1e-4)
 
 
 def test_embedding_scales_are_measured() -> None:
     assert embedding_scale(family_model("llama")) == 1.0
-    assert embedding_scale(family_model("gemma2")) == pytest.approx(32**0.5, rel=1e-2)
-    # This one scales inside its embedding module already.
-    assert embedding_scale(family_model("gemma3_text")) == 1.0
+    assert embedding_scale(family_model("granite", embedding_multiplier=3.0)) == pytest.approx(3.0, rel=1e-6)
+    # These scale inside their embedding module already.
+    assert embedding_scale(family_model("gemma2")) == embedding_scale(family_model("gemma3_text")) == 1.0
 
 
 def test_taps_the_target_does_not_have_are_refused(llama: CausalModel) -> None:
