@@ -190,6 +190,8 @@ def test_every_epoch_holds_every_conversation_once_in_another_order(target: Caus
     epochs = [tuple(visited[start : start + 5]) for start in range(0, 20, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len(set(epochs)) > 1
+    other = _coded_distillation(target, seed=1, sequences_per_step=1)
+    assert visited != [next(iter(_placed_blocks(other.batch(step, 0)))) for step in range(4 * 5)]
 
 
 @pytest.mark.parametrize("max_tokens", [512, 22, 14, 6])
@@ -537,7 +539,15 @@ def test_evaluation_leaves_the_network_as_it_was(target: CausalModel) -> None:
     network = distillation.network
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in network.named_parameters()}
     state = torch.random.get_rng_state()
+    slot_states, made = distillation._slot_states, list[Tensor]()
+
+    def kept(batch: dict[str, Tensor]) -> Tensor:
+        made.append(slot_states(batch))
+        return made[-1]
+
+    distillation._slot_states = kept  # type: ignore[method-assign]
     assert distillation.evaluate() == distillation.evaluate()
+    assert made and not any(states.requires_grad for states in made)
     assert torch.is_grad_enabled() and network.training
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, parameter in network.named_parameters():

@@ -158,6 +158,10 @@ def test_a_folder_tells_which_layers_it_holds(tmp_path: Path) -> None:
     assert kept_taps(tmp_path) == [] == kept_taps(tmp_path / "nothing")
     _written(tmp_path, taps=[7, -1])
     assert kept_taps(tmp_path) == [7, -1]
+    path = features_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="unreadable features"):
+        kept_taps(tmp_path)
 
 
 def test_the_bytes_foretold_are_the_bytes_written(tmp_path: Path) -> None:

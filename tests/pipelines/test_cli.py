@@ -119,7 +119,7 @@ def runs(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.syspath_prepend(str(stand_ins))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(composition, "CONF", "standin_conf")
-    groups = {group: f"standin_plugins.{group}" for group in KINDS}
+    groups = {group: (f"standin_plugins.{group}",) for group in KINDS}
     schemas = dict.fromkeys(config.SCHEMAS, "standin_plugins.schema:Config")
     monkeypatch.setattr(config, "register", functools.partial(config.register, groups=groups, schemas=schemas))
     recorded = Runs()
