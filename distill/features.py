@@ -69,6 +69,7 @@ class FeatureShards:
     def __init__(self, folder: Path, samples: list[list[Sample]], *, taps: Sequence[int]) -> None:
         self._places: dict[str, tuple[Any, int, int]] = {}
         self._total = 0
+        first: list[int] | None = None
         self._columns: torch.Tensor | None = None
         for index, shard in enumerate(samples):
             path = features_path(folder, index)
@@ -78,7 +79,9 @@ class FeatureShards:
             for sample in shard:
                 self._places[sample.id] = (rows, start, start + sample.tokens.shape[0])
                 start += sample.tokens.shape[0]
-            if count != start or not set(taps) <= set(kept):
+            first = first or kept
+            # One choice of columns serves all shards, so all must have kept the same layers in the same order.
+            if count != start or kept != first or not set(taps) <= set(kept):
                 raise InputError(
                     f"features of {count} tokens and layers {kept}, wanted {start} and {list(taps)}",
                     where=str(path),

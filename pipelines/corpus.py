@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from distill.chat import follow_up, messages_for, render_prompt
 from distill.corpus import read_shard, shard_written, write_shard
-from distill.features import bytes_per_token, feature_bytes, kept_taps, write_features
+from distill.features import bytes_per_token, feature_bytes, features_path, kept_taps, write_features
 from distill.prompts import Prompt, SourceContext, rank
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config as LocalResponses
@@ -182,6 +182,8 @@ def _affordable_taps(
     said = f"features of layers {', '.join(map(str, taps))}: at most {size / 2**20:.0f} MiB"
     if size > room:
         logger.warning("%s, more than the %.0f MiB there is room for: not kept", said, room / 2**20)
+        # A run killed before its first shard was whole may have left that shard's features.
+        features_path(folder, 0).unlink(missing_ok=True)
         return []
     logger.info("%s", said)
     return taps

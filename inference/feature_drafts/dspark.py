@@ -132,7 +132,7 @@ class DSpark(BlockNetwork):
         return torch.cat([states, torch.stack(biases, dim=2), before], dim=-1)
 
     def confidence_logits(self, states: Tensor) -> Tensor:
-        """See `FeatureNetwork.confidence_logits`; the draft's states are not moved by it."""
+        """See `FeatureNetwork.confidence_logits`; its loss moves the backbone too, as in the paper's recipe."""
         hidden, rank = self.shape.hidden, self.markov_head.rank
         logits: Tensor = self.confidence_head(torch.cat([states[..., :hidden], states[..., hidden + rank :]], dim=-1))
         return logits
