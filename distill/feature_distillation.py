@@ -186,7 +186,7 @@ class FeatureDistillation:
         )
         loss = result.loss_sum
         confidence = self.network.confidence_logits(states)
-        weight = getattr(self.config, "confidence_weight", 0.0)
+        weight = self.config.confidence_weight
         if confidence is not None and weight > 0:
             # The detached chance of acceptance is what the head has to foretell (method section 2).
             wanted = result.acceptances.to(confidence.dtype).clamp(0.0, 1.0)

@@ -27,7 +27,8 @@ from distill.features import (
     kept_taps,
     write_features,
 )
-from inference.feature_drafts import FeatureDraftConfig, make_network, save_network
+from inference.feature_drafts import FeatureDraftConfig, make_network
+from inference.feature_drafts._checkpoint import save_network
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.target import config_shape
@@ -228,5 +229,4 @@ def _train(context: RunContext, name: str, trainee: _Trainee, work: Work) -> Non
 
 def _optimizer(optimizer: Any, draft: Any) -> Any:
     """The optimizer's settings, with the draft's own learning rate where it has one."""
-    lr = getattr(draft, "lr", 0.0)
-    return dataclasses.replace(optimizer, lr=lr) if lr else optimizer
+    return dataclasses.replace(optimizer, lr=draft.lr) if draft.lr else optimizer

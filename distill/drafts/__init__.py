@@ -65,6 +65,8 @@ class TrainedConfig:
     chunk_tokens: int = 128
 
     trained = True
+    lr = 0.0
+    """Peak learning rate in place of the optimizer's own; 0 keeps that."""
 
     def num_layers(self, num_target_layers: int) -> int:
         """Decoder layers of the student, for the time plan."""

@@ -7,11 +7,13 @@ and a block leaves no trace.
 import torch
 
 from inference.drafters import LoadContext, Proposal
-from inference.feature_drafts import FeatureNetwork, load_network
+from inference.drafters._token import draw_token
+from inference.feature_drafts import FeatureNetwork
+from inference.feature_drafts._checkpoint import load_network
 from inference.lookahead import Lookahead, Visible
 from inference.precision import model_nbytes
 from inference.randomness import Source
-from inference.sampling import SamplingSettings, process_logits
+from inference.sampling import SamplingSettings
 
 
 class FeatureDrafter:
@@ -59,22 +61,21 @@ class FeatureDrafter:
             if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
                 break
             step = self.network.step(block, position - 1, previous, confidence=lookahead.needs_confidence)
-            history = torch.cat([context, tokens])
-            logits = self._over_the_vocabulary(step.logits)[None]
-            row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
-            probs = None if settings.greedy and not lookahead.needs_confidence else torch.softmax(row, dim=-1)
-            if lookahead.needs_confidence and probs is not None:
-                chance = probs.max() if step.confidence is None else step.confidence
-                confidences = (*confidences, float(chance))
-                if not lookahead.keeps(Visible(position, confidences)):
-                    break
-            if settings.greedy:
-                previous = row.argmax()
-            else:
-                assert probs is not None, "sampling needs the distribution"
-                previous = generator.categorical(probs)
-                rows.append(probs)
-            tokens = torch.cat([tokens, previous[None]])
+            token, row, confidences = draw_token(
+                self._over_the_vocabulary(step.logits)[None],
+                context,
+                tokens,
+                settings=settings,
+                generator=generator,
+                lookahead=lookahead,
+                so_far=confidences,
+                confidence=step.confidence,
+            )
+            if token is None:
+                break
+            previous, tokens = token, torch.cat([tokens, token[None]])
+            if row is not None:
+                rows.append(row)
         return Proposal(tokens, torch.stack(rows) if rows else None)
 
     def rollback(self, num_accepted: int) -> None:

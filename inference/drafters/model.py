@@ -4,11 +4,12 @@ import torch
 
 from inference.cache import RollbackCache
 from inference.drafters import LoadContext, Proposal
+from inference.drafters._token import draw_token
 from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Visible
 from inference.model import CausalModel
 from inference.randomness import Source
-from inference.sampling import SamplingSettings, process_logits
+from inference.sampling import SamplingSettings
 
 
 class ModelDrafter:
@@ -46,10 +47,11 @@ class ModelDrafter:
             if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
                 break
             logits = self.model.logits(pending, self._cache, num_rows=1)
-            token, row, probability = _draw(logits, context, tokens, settings, generator, lookahead, confidences)
+            token, row, confidences = draw_token(
+                logits, context, tokens, settings=settings, generator=generator, lookahead=lookahead, so_far=confidences
+            )
             if token is None:
                 break
-            confidences = probability
             tokens = torch.cat([tokens, token[None]])
             pending = tokens[-1:]
             if row is not None:
@@ -69,29 +71,6 @@ class ModelDrafter:
     def cache(self) -> RollbackCache:
         """The draft's own cache."""
         return self._cache
-
-
-def _draw(
-    logits: torch.Tensor,
-    context: torch.Tensor,
-    tokens: torch.Tensor,
-    settings: SamplingSettings,
-    generator: Source,
-    lookahead: Lookahead,
-    confidences: tuple[float, ...],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[float, ...]]:
-    """Ask the policy, then sample one token from its row; `(None, None, ...)` when the policy ends the block."""
-    history = torch.cat([context, tokens])
-    row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
-    probs = None if settings.greedy and not lookahead.needs_confidence else torch.softmax(row, dim=-1)
-    if lookahead.needs_confidence and probs is not None:
-        confidences = (*confidences, float(probs.max()))
-        if not lookahead.keeps(Visible(tokens.shape[0] + 1, confidences)):
-            return None, None, confidences
-    if settings.greedy:
-        return row.argmax(), None, confidences
-    assert probs is not None, "sampling needs the distribution"
-    return generator.categorical(probs), probs, confidences
 
 
 def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:

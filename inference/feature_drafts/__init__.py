@@ -4,28 +4,19 @@ A network is written once for any causal LM. It borrows the target's embedding a
 verified tokens alone, and offers two faces of one computation: `slot_states` over whole packed sequences for training,
 and `read` / `begin_block` / `step` with a cache for decoding. Tests hold them equal.
 
-A folder holds `config.json` (flat keys of DSpark checkpoints, our `kind` beside them), `model.safetensors` with the
-trained tensors, and `draft.json`.
+`_checkpoint` writes and reads their folders.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from inference.errors import InputError
 from inference.feature_drafts._layers import DraftCache, DraftShape
 from inference.features import EMBEDDING, check_taps, default_taps
 from inference.model import CausalModel, OutputHead
-from inference.plugins import plugin
-from inference.precision import apply_precision
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INITS = ("target", "random")
 # Projecting a context token, in layers: m * D numbers to D, and the keys and values of each layer.
 _CONTEXT_WORK = 0.5
@@ -67,6 +58,8 @@ class FeatureDraftConfig:
 
     trained = True
     num_taps = 5
+    confidence_weight = 0.0
+    """Weight of the confidence head's loss, for kinds that have such a head."""
 
     def __post_init__(self) -> None:
         for name in ("block", "layers", "sequences_per_step", "anchors", "row_tokens", "max_tokens", "chunk_tokens"):
@@ -135,8 +128,8 @@ class PackedBatch:
         rows = torch.arange(self.tokens.shape[0], device=self.anchors.device)[:, None, None]
         return torch.where(inside, self.tokens[rows, columns.clamp(max=self.tokens.shape[1] - 1)], 0)
 
-    def context_mask(self, *, before: int) -> Tensor:
-        """Which context columns an anchor sees: of its conversation, below column anchor - `before` + 1.
+    def context_mask(self) -> Tensor:
+        """Which context columns an anchor sees: those of its conversation strictly before it.
 
         Returns:
             bool `[R, A, T]`.
@@ -144,11 +137,7 @@ class PackedBatch:
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         mine = self.segments.gather(1, self.anchors)
         same = self.segments[:, None, :] == mine[:, :, None]
-        return same & (columns <= (self.anchors - before)[:, :, None])
-
-
-class Block(Protocol):
-    """What a network carries from slot to slot of one block; its own type, opaque to the drafter."""
+        return same & (columns < self.anchors[:, :, None])
 
 
 @dataclass(frozen=True)
@@ -289,7 +278,8 @@ class FeatureNetwork(nn.Module):
 class SlotHead(nn.Module):
     """Base logits plus, for heads that look at the previous token, a low-rank bias.
 
-    Slot states are `[h ; z]`: h of width D goes through the target's head, z of width r through `expand`.
+    Slot states are `[h ; z ; ...]`: h of width D goes through the target's head, z of width r through `expand`; what
+    follows is not for this head.
     """
 
     def __init__(self, network: FeatureNetwork, expand: nn.Linear | None = None) -> None:
@@ -302,7 +292,10 @@ class SlotHead(nn.Module):
         (network,) = self._network
         width = network.shape.hidden
         logits = network.base_logits(states[..., :width])
-        return logits if self.expand is None else logits + self.expand(states[..., width:])
+        if self.expand is None:
+            return logits
+        bias: Tensor = self.expand(states[..., width : width + self.expand.in_features])
+        return logits + bias
 
 
 def make_network(
@@ -323,93 +316,6 @@ def make_network(
     network.bind(target, copy_head=True)
     if config.init == "target":
         network.init_from(target)
-    return network
-
-
-def save_network(network: FeatureNetwork, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` (bf16; token ids as int64)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    own = network.own_tensors()
-    tensors = {
-        name: tensor.detach().to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
-        for name, tensor in own.items()
-    }
-    if network.vocabulary is not None:
-        ids = network.vocabulary.cpu()
-        known = torch.zeros(network.shape.vocab, dtype=torch.bool)
-        known[ids] = True
-        # Field's convention: target id = draft id + d2t[draft id].
-        tensors |= {"d2t": ids - torch.arange(ids.shape[0]), "t2d": known}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    shape, config = network.shape, network.config
-    text = {
-        "kind": config.kind,
-        "settings": asdict(config),
-        "shape": asdict(shape),
-        "target_layer_ids": network.taps,
-        "num_target_layers": shape.target_layers,
-        "vocab_size": shape.vocab,
-        "draft_vocab_size": shape.vocab if network.vocabulary is None else network.vocabulary.shape[0],
-        "block_size": network.block,
-        "dtype": "bfloat16",
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_network(folder: Path, target: CausalModel, *, precision: str) -> FeatureNetwork:
-    """Read a network and bind it to its target.
-
-    Args:
-        folder: written by `save_network`.
-        target: the target it was made for.
-        precision: see `inference.precision`.
-
-    Raises:
-        InputError: files missing, truncated or of another shape than the target's.
-    """
-    try:
-        text = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
-        config: FeatureDraftConfig = plugin("inference.feature_drafts", str(text["kind"])).Config(**text["settings"])
-        shape, taps = DraftShape(**text["shape"]), [int(tap) for tap in text["target_layer_ids"]]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"unreadable draft: {reason}", where=str(folder), mend="build the draft again") from None
-    wanted = DraftShape.of(target.model.config)
-    if shape != wanted:
-        raise InputError(
-            f"the draft was made for a target of shape {shape}, this one has {wanted}",
-            where=str(folder),
-            mend="use the draft's own target, or build a draft for this one",
-        )
-    vocabulary = None
-    if "d2t" in tensors:
-        vocabulary = tensors.pop("d2t") + torch.arange(int(text["draft_vocab_size"]))
-        tensors.pop("t2d", None)
-    network = config.build(shape, taps, vocabulary)
-    try:
-        missing, unexpected = network.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
-        wrong = [*unexpected, *(name for name in missing if name in network.own_tensors())]
-        if wrong:
-            raise RuntimeError(f"{wrong[0]} is missing or not of this kind")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"the draft's tensors do not fit: {reason}", where=str(folder), mend="build it again"
-        ) from None
-    for name, tensor in network.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"NaN or infinite weights in {name}", where=str(folder), mend="build the draft again")
-    network.to(target.device).eval().requires_grad_(False)
-    network.bind(target)
-    return put_in_precision(network, precision)
-
-
-def put_in_precision(network: FeatureNetwork, precision: str) -> FeatureNetwork:
-    """Put a network that will only decode into an arithmetic, in place."""
-    if precision in {"bf16", "fp16"}:
-        network.to(torch.bfloat16 if precision == "bf16" else torch.float16)
-    apply_precision(network, precision)
     return network
 
 

@@ -96,7 +96,7 @@ class BlockNetwork(FeatureNetwork):
     def mask(self, batch: PackedBatch) -> Tensor:
         """Context strictly before the anchor, then the own block: bool `[R, 1, A * width, T + A * width]`."""
         rows, count = batch.anchors.shape
-        seen = batch.context_mask(before=1).repeat_interleave(self.width, dim=1)
+        seen = batch.context_mask().repeat_interleave(self.width, dim=1)
         real = batch.slots.any(-1).repeat_interleave(self.width, dim=1)
         block = torch.arange(count, device=seen.device).repeat_interleave(self.width)
         own = (block[:, None] == block[None, :]).expand(rows, -1, -1)

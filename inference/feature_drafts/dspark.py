@@ -118,7 +118,7 @@ class DSpark(BlockNetwork):
         size = shape.vocab if vocabulary is None else vocabulary.shape[0]
         self.markov_head = MarkovHead(shape, rank=config.markov_rank, mode=config.markov_head, vocabulary_size=size)
         self.confidence_head = ConfidenceHead(shape.hidden + config.markov_rank)
-        self.head = _SequentialSlotHead(self, self.markov_head.markov_w2)
+        self.head = SlotHead(self, self.markov_head.markov_w2)
 
     def slot_states(self, batch: PackedBatch) -> Tensor:
         """See `FeatureNetwork.slot_states`; the previous tokens are the target's own."""
@@ -154,13 +154,3 @@ class DSpark(BlockNetwork):
             return Step(logits)
         chance = torch.sigmoid(self.confidence_head(torch.cat([state, before])[None])[0].float())
         return Step(logits, chance)
-
-
-class _SequentialSlotHead(SlotHead):
-    """The head over `[h ; z ; W1 x]`, of which it does not read the last part."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        """`[n, S]` to `[n, Vd]`."""
-        (network,) = self._network
-        assert self.expand is not None, "a sequential head expands z"
-        return super().forward(states[..., : network.shape.hidden + self.expand.in_features])

@@ -113,7 +113,7 @@ class Eagle3(FeatureNetwork):
         following = torch.roll(batch.tokens, -1, dims=1)
         entries = layer.entries(self.embed(following, fused), fused)
         keys, values = attention.keys_values(entries, batch.positions)
-        mask = batch.context_mask(before=1)
+        mask = batch.context_mask()
         before = (batch.anchors - 1).clamp(min=0)
         hidden = fused.gather(1, before[..., None].expand(-1, -1, fused.shape[-1]))
         positions = batch.positions.gather(1, batch.anchors) - 1

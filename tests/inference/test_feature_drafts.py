@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from inference.errors import InputError
-from inference.feature_drafts import (
-    FeatureDraftConfig,
-    FeatureNetwork,
-    PackedBatch,
-    embedding_scale,
-    load_network,
-    make_network,
-    save_network,
-)
+from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, embedding_scale, make_network
+from inference.feature_drafts._checkpoint import load_network, save_network
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inference.drafters.feature import FeatureDrafter
-from inference.feature_drafts import FeatureNetwork, load_network, make_network, save_network
+from inference.feature_drafts import FeatureNetwork, make_network
+from inference.feature_drafts._checkpoint import load_network, save_network
 from inference.feature_drafts.medusa import Config
 from inference.model import CausalModel
 from inference.precision import available_precisions
