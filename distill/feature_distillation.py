@@ -25,6 +25,8 @@ FeaturesOf = Callable[[Sample], Tensor]
 """Features `[T, m * D]` of a sample; the row of its last token is never looked at."""
 
 _VALIDATION_ANCHORS = 24
+# A GPU waits for launches, so it takes all positions of a usual step at once; a CPU's cache likes few.
+_CHUNK_TOKENS = {"cuda": 8192, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class FeatureDistillation:
             seed,
         )
         self.config = network.config
+        self._chunk_tokens = self.config.chunk_tokens or _CHUNK_TOKENS.get(target.device.type, 1024)
         self.train = [s for s in samples if s.split == "train" and self._candidates(s).numel()]
         self.validation = [s for s in samples if s.split == "validation" and self._candidates(s).numel()]
         if not self.train:
@@ -182,7 +185,7 @@ class FeatureDistillation:
             labels=drafts.clamp(min=0),
             weights=weights,
             objective=self.objective,
-            chunk_tokens=self.config.chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
         )
         loss = result.loss_sum
         confidence = self.network.confidence_logits(states)
@@ -265,8 +268,8 @@ class FeatureDistillation:
         states = self._slot_states(batch)
         vocabulary = self.network.vocabulary
         accepted, agreed = [], []
-        for start in range(0, states.shape[0], self.config.chunk_tokens):
-            rows = slice(start, start + self.config.chunk_tokens)
+        for start in range(0, states.shape[0], self._chunk_tokens):
+            rows = slice(start, start + self._chunk_tokens)
             draft = self.network.head(states[rows]).float().softmax(-1)
             target = self.target.head(batch["target_states"][rows].to(states.dtype)).float().softmax(-1)
             best = target.argmax(-1)

@@ -38,7 +38,7 @@ class FeatureDraftConfig:
         anchors: anchors drawn in each of them.
         row_tokens: conversations are packed into rows of about this many tokens.
         max_tokens: longer conversations are cut.
-        chunk_tokens: positions whose vocabulary-wide rows exist at one time.
+        chunk_tokens: positions whose vocabulary-wide rows exist at one time; 0 for as many as suit the device.
         position_decay: slot k (from 0) weighs exp(-k / position_decay); 0 weighs all alike.
     """
 
@@ -53,7 +53,7 @@ class FeatureDraftConfig:
     anchors: int = 16
     row_tokens: int = 1024
     max_tokens: int = 512
-    chunk_tokens: int = 256
+    chunk_tokens: int = 0
     position_decay: float = 4.0
 
     trained = True
@@ -62,10 +62,10 @@ class FeatureDraftConfig:
     """Weight of the confidence head's loss, for kinds that have such a head."""
 
     def __post_init__(self) -> None:
-        for name in ("block", "layers", "sequences_per_step", "anchors", "row_tokens", "max_tokens", "chunk_tokens"):
+        for name in ("block", "layers", "sequences_per_step", "anchors", "row_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use at least 1")
-        for name in ("vocabulary", "lr", "position_decay"):
+        for name in ("vocabulary", "lr", "chunk_tokens", "position_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use 0 or more")
         if self.init not in INITS:
