@@ -35,10 +35,14 @@ class Config(FeatureDraftConfig):
 
     Attributes:
         kind: this kind.
+        block: tokens proposed a round; each is a pass of the draft, so fewer pay than for a block drafter.
         qk_norm: norm queries and keys per head; published EAGLE-3 drafts do not.
     """
 
     kind: str = "eagle3"
+    block: int = 4
+    vocabulary: int = 4096
+    anchors: int = 32
     layers: int = 1
     qk_norm: bool = False
 

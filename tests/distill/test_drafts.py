@@ -11,6 +11,7 @@ from torch import nn
 
 from distill.drafts import DraftContext, Student, TrainedConfig, copy_tokenizer, pretrained, pruned, save_model
 from distill.drafts import lookup as lookup_draft
+from distill.drafts import made as made_draft
 from distill.drafts import none as no_draft
 from distill.drafts import quantized as quantized_draft
 from inference.drafters import Drafter, LoadContext, load_drafter
@@ -295,3 +296,19 @@ def test_layers_of_a_student_are_known_for_the_time_plan(
     checkpoint: Path, make: Callable[[Path], pruned.Config | pretrained.Config]
 ) -> None:
     assert 1 <= make(checkpoint).num_layers(12) <= 12
+
+
+def test_a_draft_made_before_is_taken_as_it_is(context: DraftContext, tmp_path: Path, target: Path) -> None:
+    lookup_draft.Config().write(DraftContext(target, tmp_path / "pair" / "draft", CPU, LAYERS))
+    for path in (tmp_path / "pair", tmp_path / "pair" / "draft"):
+        made_draft.Config(path=str(path)).write(context)
+        assert _spec(context.folder) == _spec(tmp_path / "pair" / "draft")
+        assert isinstance(_load(context.folder, target), LookupDrafter)
+
+
+def test_a_made_draft_needs_a_draft(context: DraftContext, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"which draft\? \[draft.made.path\]: set it to a folder with draft.json"):
+        made_draft.Config().write(context)
+    with pytest.raises(InputError, match="no draft here"):
+        made_draft.Config(path=str(tmp_path / "nowhere")).write(context)
+    assert not context.folder.exists()
