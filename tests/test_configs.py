@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from inference.feature_drafts import FeatureDraftConfig
 from pipelines import config
 from pipelines.composition import choices
 
@@ -59,8 +60,10 @@ def test_every_plug_in_has_a_file(group: str) -> None:
     assert used == kinds
 
 
-def test_the_default_takes_every_draft_that_needs_nothing_from_outside() -> None:
-    assert {"none", "lookup", "quantized", "pruned"} <= set(config.typed(composed()).draft)
+def test_the_default_takes_the_controls_and_trains_a_draft_that_reads_features() -> None:
+    drafts = config.typed(composed()).draft
+    assert {"none", "lookup", "quantized"} < set(drafts)
+    assert any(draft.trained and isinstance(draft, FeatureDraftConfig) for draft in drafts.values())
 
 
 @pytest.mark.parametrize("word", ["draft=pruned", "draft=[pruned]"])

@@ -40,7 +40,7 @@ class Config(FeatureDraftConfig):
     """
 
     kind: str = "eagle3"
-    block: int = 4
+    block: int = 3
     vocabulary: int = 4096
     anchors: int = 32
     layers: int = 1
