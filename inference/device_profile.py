@@ -28,7 +28,7 @@ from inference.target import TargetConfig, config_shape
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = (1, 4, 6, 8, 16, 32)
+WIDTHS = (1, 2, 3, 4, 6, 8, 16, 32)
 BLOCK_WIDTHS = (4, 6, 8)
 _CONTEXT_TOKENS = 128
 _REPEATS = 7
@@ -102,7 +102,7 @@ def device_profile(target: TargetConfig, cache: Path) -> DeviceProfile:
     """
     folder = target.folder(cache)
     device = target.torch_device()
-    identity = {"device": device_name(device), "versions": _versions(), "shape": config_shape(folder)}
+    identity = {"device": device_name(device), "versions": _versions(), "shape": config_shape(folder), "widths": WIDTHS}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "profiles" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ Also chooses block lengths, on other prompts than are scored. Writes nothing.
 
 import hashlib
 import random
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -186,7 +187,7 @@ def choose_block(
 
     For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is t_block +
     l * t_draft + t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one
-    pseudo-count. The two drafting costs come from a second pass over the first prompt with blocks of one token.
+    pseudo-count. The two drafting costs come from a second pass over the prompts with blocks of one token.
 
     Args:
         arm: its lookahead is not used.
@@ -200,10 +201,10 @@ def choose_block(
     """
     accepted, proposed = [0.0] * longest, [0.0] * longest
     long, short = _Drafting(), _Drafting()
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         for setting in settings:
             for length, timed in ((longest, long), (1, short)):
-                if length == 1 and (index or longest == 1):
+                if length == 1 and (setting is not settings[0] or longest == 1):
                     continue
                 result = _drafted(arm, prompt, length, setting, max_new_tokens, stop_tokens, seed)
                 timed.add(result)
@@ -226,27 +227,42 @@ def choose_block(
 
 @dataclass
 class _Drafting:
-    """Rounds of one block length: how many, how long, and what drafting took."""
+    """Requests decoded with one block length: how often, how much and how long they drafted.
 
-    rounds: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    The cost of a round is the median over requests: one that a busy machine held up does not count.
+
+    Attributes:
+        requests: rounds that proposed something, tokens proposed, seconds of drafting; requests without any left out.
+        longest: longest block proposed.
+    """
+
+    requests: list[tuple[int, int, float]] = field(default_factory=list)
     longest: int = 0
 
     def add(self, result: Decoded) -> None:
         lengths = {length: rounds for length, rounds in result.blocks.items() if length}
-        self.rounds += sum(lengths.values())
-        self.tokens += sum(length * rounds for length, rounds in lengths.items())
-        self.seconds += result.seconds["draft"]
+        if lengths:
+            tokens = sum(length * rounds for length, rounds in lengths.items())
+            self.requests.append((sum(lengths.values()), tokens, result.seconds["draft"]))
         self.longest = max([self.longest, *lengths])
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens a round."""
+        return sum(tokens for _, tokens, _ in self.requests) / max(1, sum(rounds for rounds, _, _ in self.requests))
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of drafting a round."""
+        return statistics.median(seconds / rounds for rounds, _, seconds in self.requests) if self.requests else 0.0
 
     def costs(self, short: "_Drafting") -> tuple[float, float]:
         """Seconds a round and seconds a token besides, from rounds of two lengths (a line through two points)."""
-        if not self.rounds or not short.rounds or self.tokens <= self.rounds:
-            return 0.0, self.seconds / max(self.tokens, 1)
-        mean_length, mean, one = self.tokens / self.rounds, self.seconds / self.rounds, short.seconds / short.rounds
-        slope = min(max(0.0, (mean - one) / (mean_length - 1.0)), mean / mean_length)
-        return mean - slope * mean_length, slope
+        length, here = self.mean_length, self.round_seconds
+        if not short.requests or length <= 1.0:
+            return 0.0, here / max(length, 1.0)
+        slope = min(max(0.0, (here - short.round_seconds) / (length - 1.0)), here / length)
+        return here - slope * length, slope
 
 
 def _drafted(

@@ -16,14 +16,16 @@ from tests.pipelines.tiny import write_model
 
 
 def _profile(passes: Mapping[str, Sequence[float]], *, spread: float = 0.0) -> DeviceProfile:
-    """Milliseconds for passes of 1, 4, 6, 8, 16, 32 tokens."""
+    """Milliseconds for passes of 1, 2, 3, 4, 6, 8, 16, 32 tokens."""
     by_width = {name: {w: t / 1e3 for w, t in zip(WIDTHS, row, strict=True)} for name, row in passes.items()}
     spreads = {name: {w: spread / 1e3 for w in WIDTHS} for name in passes}
     train = {"fp32": {"layer": 3.0, "head": 1.0}, "bf16": {"layer": 1.0, "head": 2.0}}
     return DeviceProfile("machine", {"torch": "1"}, by_width, spreads, train)
 
 
-FP32, PACKED, BF16 = [30, 40, 42, 45, 70, 110], [20, 30, 35, 40, 60, 130], [15, 60, 90, 120, 240, 90]
+FP32 = [30, 34, 37, 40, 42, 45, 70, 110]
+PACKED = [20, 24, 27, 30, 35, 40, 60, 130]
+BF16 = [15, 30, 45, 60, 90, 120, 240, 90]
 
 
 def test_each_use_gets_its_own_fastest_arithmetic() -> None:
@@ -53,8 +55,8 @@ def test_a_single_arithmetic_serves_all() -> None:
         (1, 30.0),
         (4, 40.0),
         (32, 110.0),
-        # Between 1 and 4, 4 and 6, 16 and 32 in a straight line.
-        (2, 30.0 + 10.0 / 3.0),
+        # Between 4 and 6, 6 and 8, 16 and 32 in a straight line.
+        (7, 43.5),
         (5, 41.0),
         (24, 90.0),
         # Beyond 32 the last line goes on: 40 milliseconds per 16 tokens.
@@ -73,7 +75,8 @@ def test_a_profile_survives_json() -> None:
 
 
 def test_the_table_holds_milliseconds() -> None:
-    assert _profile({"fp32": FP32}).table() == [["fp32", "30.0", "40.0", "42.0", "45.0", "70.0", "110.0"]]
+    row = ["fp32", "30.0", "34.0", "37.0", "40.0", "42.0", "45.0", "70.0", "110.0"]
+    assert _profile({"fp32": FP32}).table() == [row]
 
 
 @pytest.fixture(scope="module")

@@ -182,10 +182,16 @@ def test_best_block_grows_with_acceptance_and_shrinks_with_cost() -> None:
 
 def test_drafting_costs_are_a_line_through_two_block_lengths() -> None:
     # 3 ms a round and 2 ms a token: blocks of 5 take 13 ms, blocks of 1 take 5.
-    long = _Drafting(rounds=10, tokens=50, seconds=0.13, longest=5)
-    block, token = long.costs(_Drafting(rounds=4, tokens=4, seconds=0.02, longest=1))
-    assert (block, token) == pytest.approx((0.003, 0.002))
+    long = _Drafting([(10, 50, 0.13), (20, 100, 0.26)], longest=5)
+    assert long.costs(_Drafting([(4, 4, 0.02)], longest=1)) == pytest.approx((0.003, 0.002))
     assert long.costs(_Drafting()) == pytest.approx((0.0, 0.0026))
+    assert _Drafting().costs(_Drafting()) == (0.0, 0.0)
+
+
+def test_a_request_that_was_held_up_does_not_make_drafting_dear() -> None:
+    long = _Drafting([(10, 50, 0.13), (10, 50, 9.0), (10, 50, 0.13)], longest=5)
+    short = _Drafting([(4, 4, 0.02), (4, 4, 0.02), (4, 4, 5.0)], longest=1)
+    assert long.costs(short) == pytest.approx((0.003, 0.002))
 
 
 def test_best_block_without_any_round_assumes_little() -> None:
