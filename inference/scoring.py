@@ -8,6 +8,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -187,7 +188,8 @@ def choose_block(
 
     For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is t_block +
     l * t_draft + t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one
-    pseudo-count. The two drafting costs come from a second pass over the prompts with blocks of one token.
+    pseudo-count. The two drafting costs come from a second pass over the prompts with blocks of one token; both are
+    timed at the first setting only, so that like is compared with like.
 
     Args:
         arm: its lookahead is not used.
@@ -200,21 +202,20 @@ def choose_block(
         seed: of the run.
     """
     accepted, proposed = [0.0] * longest, [0.0] * longest
-    long, short = _Drafting(), _Drafting()
+    long, short, seen = _Drafting(), _Drafting(), 0
     for prompt in prompts:
         for setting in settings:
-            for length, timed in ((longest, long), (1, short)):
-                if length == 1 and (setting is not settings[0] or longest == 1):
-                    continue
-                result = _drafted(arm, prompt, length, setting, max_new_tokens, stop_tokens, seed)
-                timed.add(result)
-                if length == 1:
-                    continue
-                for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
-                    accepted[k] += a
-                    proposed[k] += p
+            result = _drafted(arm, prompt, longest, setting, max_new_tokens, stop_tokens, seed)
+            seen = max([seen, *result.blocks])
+            for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
+                accepted[k] += a
+                proposed[k] += p
+            if setting is settings[0]:
+                long.add(result)
+                if longest > 1:
+                    short.add(_drafted(arm, prompt, 1, setting, max_new_tokens, stop_tokens, seed))
     # A drafter may be unable to propose that much; what it never proposed is not considered.
-    longest = long.longest or longest
+    longest = seen or longest
     block_seconds, token_seconds = long.costs(short)
     return best_block(
         accepted[:longest],
@@ -225,6 +226,14 @@ def choose_block(
     )
 
 
+class _DraftedRequest(NamedTuple):
+    """What one request drafted: rounds that proposed something, tokens proposed, seconds of drafting."""
+
+    rounds: int
+    tokens: int
+    seconds: float
+
+
 @dataclass
 class _Drafting:
     """Requests decoded with one block length: how often, how much and how long they drafted.
@@ -232,29 +241,26 @@ class _Drafting:
     The cost of a round is the median over requests: one that a busy machine held up does not count.
 
     Attributes:
-        requests: rounds that proposed something, tokens proposed, seconds of drafting; requests without any left out.
-        longest: longest block proposed.
+        requests: those in which something was proposed.
     """
 
-    requests: list[tuple[int, int, float]] = field(default_factory=list)
-    longest: int = 0
+    requests: list[_DraftedRequest] = field(default_factory=list)
 
     def add(self, result: Decoded) -> None:
         lengths = {length: rounds for length, rounds in result.blocks.items() if length}
         if lengths:
             tokens = sum(length * rounds for length, rounds in lengths.items())
-            self.requests.append((sum(lengths.values()), tokens, result.seconds["draft"]))
-        self.longest = max([self.longest, *lengths])
+            self.requests.append(_DraftedRequest(sum(lengths.values()), tokens, result.seconds["draft"]))
 
     @property
     def mean_length(self) -> float:
         """Tokens a round."""
-        return sum(tokens for _, tokens, _ in self.requests) / max(1, sum(rounds for rounds, _, _ in self.requests))
+        return sum(r.tokens for r in self.requests) / max(1, sum(r.rounds for r in self.requests))
 
     @property
     def round_seconds(self) -> float:
         """Seconds of drafting a round."""
-        return statistics.median(seconds / rounds for rounds, _, seconds in self.requests) if self.requests else 0.0
+        return statistics.median(r.seconds / r.rounds for r in self.requests) if self.requests else 0.0
 
     def costs(self, short: "_Drafting") -> tuple[float, float]:
         """Seconds a round and seconds a token besides, from rounds of two lengths (a line through two points)."""

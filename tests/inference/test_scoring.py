@@ -13,6 +13,7 @@ from inference.sampling import SamplingSettings
 from inference.scoring import (
     Arm,
     ScorePrompt,
+    _DraftedRequest,
     _Drafting,
     best_block,
     choose_block,
@@ -182,15 +183,15 @@ def test_best_block_grows_with_acceptance_and_shrinks_with_cost() -> None:
 
 def test_drafting_costs_are_a_line_through_two_block_lengths() -> None:
     # 3 ms a round and 2 ms a token: blocks of 5 take 13 ms, blocks of 1 take 5.
-    long = _Drafting([(10, 50, 0.13), (20, 100, 0.26)], longest=5)
-    assert long.costs(_Drafting([(4, 4, 0.02)], longest=1)) == pytest.approx((0.003, 0.002))
+    long = _Drafting([_DraftedRequest(10, 50, 0.13), _DraftedRequest(20, 100, 0.26)])
+    assert long.costs(_Drafting([_DraftedRequest(4, 4, 0.02)])) == pytest.approx((0.003, 0.002))
     assert long.costs(_Drafting()) == pytest.approx((0.0, 0.0026))
     assert _Drafting().costs(_Drafting()) == (0.0, 0.0)
 
 
 def test_a_request_that_was_held_up_does_not_make_drafting_dear() -> None:
-    long = _Drafting([(10, 50, 0.13), (10, 50, 9.0), (10, 50, 0.13)], longest=5)
-    short = _Drafting([(4, 4, 0.02), (4, 4, 0.02), (4, 4, 5.0)], longest=1)
+    long = _Drafting([_DraftedRequest(10, 50, 0.13), _DraftedRequest(10, 50, 9.0), _DraftedRequest(10, 50, 0.13)])
+    short = _Drafting([_DraftedRequest(4, 4, 0.02), _DraftedRequest(4, 4, 0.02), _DraftedRequest(4, 4, 5.0)])
     assert long.costs(short) == pytest.approx((0.003, 0.002))
 
 
