@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from inference.attention import use_grouped_attention
 from inference.errors import InputError, first_line
 from inference.layers import keep_layers
 from inference.model import CausalModel
@@ -78,6 +79,7 @@ def load_causal_model(
     if quantization is None:
         nn.Module.to(model, device)
         apply_precision(model, precision)
+    use_grouped_attention(model)
     return CausalModel(model, folder=folder, precision=precision)
 
 

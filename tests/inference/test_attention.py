@@ -1,0 +1,53 @@
+"""Attention of groups without copies gives transformers' own numbers, and stands aside where it has nothing to add."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.attention import GROUPED, grouped_attention, use_grouped_attention
+from inference.loading import load_causal_model
+from tests.inference.families import VOCAB, family_model
+
+TOKENS = torch.randint(VOCAB, (20,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "phi", "gpt2"])
+def test_the_logits_are_those_of_sdpa(name: str) -> None:
+    model = family_model(name)
+    model.model.set_attn_implementation("sdpa")
+    rows = []
+    for switched in (False, True):
+        if switched:
+            use_grouped_attention(model.model)
+            assert model.model.config._attn_implementation == GROUPED
+        cache = model.new_cache()
+        rows.append([model.logits(part, cache, num_rows=part.shape[0]) for part in TOKENS.split([11, 4, 1, 4])])
+    for plain, grouped in zip(*rows, strict=True):
+        torch.testing.assert_close(grouped, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_padded_batch_is_masked_as_by_sdpa() -> None:
+    model = family_model("llama")
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    states = []
+    for implementation in ("sdpa", GROUPED):
+        model.model.set_attn_implementation(implementation)
+        states.append(model.states(TOKENS.reshape(2, 10), mask=mask)[mask.bool()])
+    torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)
+
+
+def test_options_that_change_the_products_are_left_to_transformers() -> None:
+    query, key = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="softcap"):
+        grouped_attention(torch.nn.Identity(), query, key, key, mask, softcap=30.0)
+
+
+def test_a_loaded_model_uses_it_and_its_configuration_does_not_say_so(tmp_path: Path) -> None:
+    family_model("llama").model.save_pretrained(tmp_path)
+    for attention, used in (("sdpa", GROUPED), ("eager", "eager")):
+        model = load_causal_model(tmp_path, precision="fp32", device=torch.device("cpu"), attention=attention)
+        assert model.model.config._attn_implementation == used
+        assert GROUPED not in model.model.config.to_json_string()
