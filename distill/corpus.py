@@ -27,7 +27,8 @@ class Sample:
         split: `train` or `validation`.
         tokens: int64 `[T]`, template and responses.
         mask: bool `[T]`, true where the token is the assistant's own.
-        states: `[mask.sum(), D]`, the target's head input that predicted each supervised token, or None.
+        states: the target's head inputs that predicted tokens, or None: `[mask.sum(), D]` for the assistant's own,
+            `[T - 1, D]` for all but the first, prompts included.
         text: the last response as text, for people.
         features: `[T, m * D]`, target features as a generator kept them (see `distill.features`), or None; not read
             back with the rest.
@@ -42,6 +43,25 @@ class Sample:
     states: torch.Tensor | None
     text: str
     features: torch.Tensor | None = None
+
+    @property
+    def stated(self) -> torch.Tensor:
+        """Bool `[T]`, true where `states` has the row that predicted the token."""
+        if self.states is None:
+            return torch.zeros_like(self.mask)
+        if self.states.shape[0] == int(self.mask.sum()):
+            return self.mask
+        return torch.arange(self.tokens.shape[0]) > 0
+
+    def states_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """States `[positions.sum(), D]` that predicted some tokens.
+
+        Args:
+            positions: bool `[t]`, t up to T, true only where `stated` is.
+        """
+        assert self.states is not None, "the corpus was opened with states"
+        rows = self.stated.long().cumsum(0) - 1
+        return self.states[rows[: positions.shape[0]][positions]]
 
 
 def shard_name(index: int) -> str:
@@ -98,11 +118,12 @@ def read_shard(folder: Path, index: int) -> list[Sample]:
             f"{len(lines)} lines for {len(lengths)} samples", where=str(stem), mend="build the corpus again"
         )
     samples = []
-    position = supervised = 0
+    position = stated = 0
+    everywhere = "states" in tensors and tensors["states"].shape[0] == sum(lengths) - len(lengths)
     for line, length in zip(lines, lengths, strict=True):
         mask = tensors["mask"][position : position + length].bool()
-        count = int(mask.sum())
-        states = tensors["states"][supervised : supervised + count] if "states" in tensors else None
+        count = length - 1 if everywhere else int(mask.sum())
+        states = tensors["states"][stated : stated + count] if "states" in tensors else None
         samples.append(
             Sample(
                 id=line["id"],
@@ -115,7 +136,7 @@ def read_shard(folder: Path, index: int) -> list[Sample]:
                 text=line["response"],
             )
         )
-        position, supervised = position + length, supervised + count
+        position, stated = position + length, stated + count
     return samples
 
 
@@ -137,7 +158,8 @@ def read_corpus(folder: Path) -> list[Sample]:
 
 
 def _fit_together(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a shard holds its tensors, with a row for every token and a state for every supervised one."""
+    """Whether a shard holds its tensors: a row for every token, a state for every one of the assistant's or for all but
+    each first."""
     if not {"tokens", "mask", "lengths"} <= tensors.keys():
         return False
     total = int(tensors["lengths"].sum())
@@ -145,7 +167,10 @@ def _fit_together(tensors: dict[str, torch.Tensor]) -> bool:
     return (
         tensors["tokens"].shape == (total,)
         and tensors["mask"].shape == (total,)
-        and (states is None or states.shape[0] == int(tensors["mask"].bool().sum()))
+        and (
+            states is None
+            or states.shape[0] in (int(tensors["mask"].bool().sum()), total - tensors["lengths"].shape[0])
+        )
     )
 
 

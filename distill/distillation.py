@@ -102,8 +102,7 @@ class Distillation:
             rows.append(torch.full_like(index, row))
             columns.append(index - 1)
             labels.append(sample.tokens[index])
-            assert sample.states is not None, "the corpus was opened with states"
-            states.append(sample.states[: index.shape[0]])
+            states.append(sample.states_of(sample.mask[:length]))
         return {
             "tokens": tokens,
             "attention": attention,
@@ -158,7 +157,8 @@ class Distillation:
 
 
 def capture_states(target: CausalModel, samples: list[Sample]) -> list[Sample]:
-    """Run the target over whole samples to get the states a generator did not keep, one sequence at a time."""
+    """Run the target over whole samples to get the states a generator did not keep, prompts included, one sequence at a
+    time."""
     captured = []
     with torch.inference_mode():
         for sample in samples:
@@ -166,8 +166,7 @@ def capture_states(target: CausalModel, samples: list[Sample]) -> list[Sample]:
                 captured.append(sample)
                 continue
             states = target.states(sample.tokens[None].to(target.device))[0]
-            index = sample.mask.nonzero()[:, 0] - 1
-            kept = states[index.to(states.device)].to(torch.bfloat16).cpu()
+            kept = states[:-1].to(torch.bfloat16).cpu()
             captured.append(Sample(**{**sample.__dict__, "states": kept}))
     return captured
 

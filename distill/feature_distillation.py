@@ -1,8 +1,9 @@
 """A feature-reading draft learning from one target's corpus: packed batches, anchors, losses, held-out acceptance.
 
 Same contract towards a training loop as `distill.distillation`; what differs is what a batch is. Conversations are
-packed into rows, anchors are drawn among positions whose next token is the target's own, and every slot is supervised
-by the target's stored state at its position: neither the target's layers nor a `V`-wide tensor is kept for it.
+packed into rows, anchors are drawn among positions whose next token is the target's own, a share of them among prompts,
+and every slot is supervised by the target's stored state at its position: neither the target's layers nor a `V`-wide
+tensor is kept for it.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.nn import functional
 from distill.chunked import chunked_objective
 from distill.corpus import Sample
 from distill.distillation import LossSums
-from distill.objectives import Objective
+from distill.objectives import Objective, reads_labels
 from inference.errors import InputError
 from inference.feature_drafts import FeatureNetwork, PackedBatch
 from inference.model import CausalModel
@@ -35,7 +36,8 @@ class _Piece:
 
     tokens: Tensor  # shape: [T]
     features: Tensor  # shape: [T, m * D]
-    states: Tensor  # shape: [supervised, D]
+    states: Tensor  # shape: [stated, D]
+    stated: Tensor  # shape: [T]
     mask: Tensor  # shape: [T]
     anchors: Tensor  # shape: [a]
 
@@ -46,7 +48,8 @@ class FeatureDistillation:
     Args:
         network: in training, bound to the target.
         target: the teacher; only its output head is used.
-        samples: the whole corpus, each with states.
+        samples: the whole corpus, each with states. Where they have none for prompts, or the objective reads labels, a
+            share of anchors in prompts is not drawn.
         features_of: gives a sample's features.
         objective: per-slot divergence.
         seed: fixes the order of conversations and their anchors.
@@ -73,6 +76,7 @@ class FeatureDistillation:
             seed,
         )
         self.config = network.config
+        self.prompt_share = 0.0 if reads_labels(objective) else self.config.prompt_share
         self._chunk_tokens = self.config.chunk_tokens or _CHUNK_TOKENS.get(target.device.type, 1024)
         self.train = [s for s in samples if s.split == "train" and self._candidates(s).numel()]
         self.validation = [s for s in samples if s.split == "validation" and self._candidates(s).numel()]
@@ -87,10 +91,12 @@ class FeatureDistillation:
 
     # Batches
 
-    def _candidates(self, sample: Sample) -> Tensor:
-        """Positions that can be anchors: the next token is supervised, and something lies before them."""
+    def _candidates(self, sample: Sample, *, prompts: bool = False) -> Tensor:
+        """Positions that can be anchors, in responses or in prompts: the state that predicted the next token is known,
+        and something lies before them."""
         length = min(sample.tokens.shape[0], self.config.max_tokens)
-        positions = sample.mask[1:length].nonzero()[:, 0]
+        wanted = sample.stated & ~sample.mask if prompts else sample.mask
+        positions = wanted[1:length].nonzero()[:, 0]
         return positions[positions >= 1]
 
     def batch(self, step: int, micro: int, *, accumulation: int = 1) -> dict[str, Tensor]:
@@ -102,20 +108,24 @@ class FeatureDistillation:
             order = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
             sample = self.train[int(torch.randperm(len(self.train), generator=order)[offset])]
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
-            pieces.append(self._piece(sample, count=self.config.anchors, generator=draw))
+            pieces.append(self._piece(sample, count=self.config.anchors, share=self.prompt_share, generator=draw))
         return self.collate(pieces)
 
-    def _piece(self, sample: Sample, *, count: int, generator: torch.Generator) -> _Piece:
-        candidates = self._candidates(sample)
-        chosen = candidates[torch.randperm(candidates.shape[0], generator=generator)[:count]].sort().values
+    def _piece(self, sample: Sample, *, count: int, generator: torch.Generator, share: float = 0.0) -> _Piece:
+        drawn = []
+        asked = self._candidates(sample, prompts=True)[:0] if share == 0 else self._candidates(sample, prompts=True)
+        number = min(round(count * share), asked.shape[0])
+        for candidates, wanted in ((self._candidates(sample), count - number), (asked, number)):
+            drawn.append(candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]])
         length = min(sample.tokens.shape[0], self.config.max_tokens)
-        assert sample.states is not None, "the corpus was opened with states"
+        stated = sample.stated[:length]
         return _Piece(
             tokens=sample.tokens[:length],
             features=self.features_of(sample)[:length],
-            states=sample.states[: int(sample.mask[:length].sum())],
+            states=sample.states_of(stated),
+            stated=stated,
             mask=sample.mask[:length],
-            anchors=chosen,
+            anchors=torch.cat(drawn).sort().values,
         )
 
     def collate(self, pieces: list[_Piece]) -> dict[str, Tensor]:
@@ -149,12 +159,14 @@ class FeatureDistillation:
                 ahead = piece.anchors[:, None] + 1 + torch.arange(block)
                 inside = ahead < length
                 ahead = ahead.clamp(max=length - 1)
-                valid = (piece.mask[ahead] & inside).long().cumprod(1).bool()
+                # A block that begins in a response ends with it; one that begins in a prompt may run into the response.
+                known = torch.where(piece.mask[piece.anchors + 1][:, None], piece.mask[ahead], piece.stated[ahead])
+                valid = (known & inside).long().cumprod(1).bool()
                 slots[row, at : at + number] = valid
                 predicted = ahead[valid]
                 labels.append(piece.tokens[predicted])
                 places.append(torch.arange(block).expand(number, -1)[valid])
-                states.append(piece.states[piece.mask.long().cumsum(0)[predicted] - 1])
+                states.append(piece.states[piece.stated.long().cumsum(0)[predicted] - 1])
                 start, at = start + length, at + number
         return {
             "tokens": tokens,
@@ -313,7 +325,7 @@ def draft_vocabulary(samples: list[Sample], *, size: int, vocab_size: int) -> Te
 @torch.no_grad()
 def covered_mass(target: CausalModel, samples: list[Sample], vocabulary: Tensor | None, *, limit: int = 2048) -> float:
     """Share of the target's probability that falls on a vocabulary, averaged over validation positions."""
-    states = [s.states for s in samples if s.split == "validation" and s.states is not None]
+    states = [s.states_of(s.mask) for s in samples if s.split == "validation" and s.states is not None]
     if vocabulary is None or not states:
         return 1.0
     rows = torch.cat(states)[:limit].to(target.device)

@@ -43,13 +43,13 @@ def feature_bytes(*, tokens: int, hidden: int, num_taps: int) -> int:
     return tokens * num_taps * hidden * BYTES_PER_NUMBER
 
 
-def bytes_per_token(*, tokens: int, supervised: int, hidden: int, num_taps: int) -> tuple[float, float]:
+def bytes_per_token(*, tokens: int, stated: int, hidden: int, num_taps: int) -> tuple[float, float]:
     """Bytes per training token of our layout, and of DeepSpec's target cache v2 for the same taps.
 
-    Ours keeps the last state at supervised positions alone; the cache keeps it everywhere, besides token, attention and
-    loss mask.
+    Ours keeps the last state where something learns from it (`stated` tokens); the cache keeps it everywhere, besides
+    token, attention and loss mask.
     """
-    ours = num_taps * hidden * BYTES_PER_NUMBER + supervised / tokens * hidden * BYTES_PER_NUMBER + 4 + 1
+    ours = num_taps * hidden * BYTES_PER_NUMBER + stated / tokens * hidden * BYTES_PER_NUMBER + 4 + 1
     theirs = (num_taps + 1) * hidden * BYTES_PER_NUMBER + 4 + 1 + 1
     return ours, float(theirs)
 

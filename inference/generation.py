@@ -24,6 +24,7 @@ class Response:
     Attributes:
         tokens: token ids, the stop token included when one was reached.
         states: `[len(tokens), D]`, the head's input that predicted each token; None unless asked for.
+        prompt_states: `[len(prompt) - 1, D]`, the same for the prompt from its second token on; None unless asked for.
         stopped: whether a stop token ended it.
         features: `[len(prompt) + len(tokens), m * D]` in bf16 on the CPU, the tapped layers at every position; zeros
             for the last token, which was never fed. None unless asked for.
@@ -32,6 +33,7 @@ class Response:
     tokens: list[int] = field(default_factory=list)
     states: torch.Tensor | None = None
     stopped: bool = False
+    prompt_states: torch.Tensor | None = None
     features: torch.Tensor | None = None
 
 
@@ -45,6 +47,7 @@ def generate_batch(
     stop_tokens: frozenset[int],
     seed: int,
     keep_states: bool = False,
+    keep_prompt_states: bool = False,
     taps: Sequence[int] = (),
 ) -> list[Response]:
     """Answer a batch of prompts with the model itself.
@@ -56,7 +59,8 @@ def generate_batch(
         max_new_tokens: longest answer; a row also ends where its own prompt leaves no more room in the context.
         stop_tokens: each ends a row.
         seed: fixes every draw of this batch.
-        keep_states: whether to return the head's inputs.
+        keep_states: whether to return the head's inputs for the tokens written.
+        keep_prompt_states: whether to return them for the prompts' tokens too.
         taps: decoder layers whose outputs are returned as features.
 
     Raises:
@@ -79,6 +83,7 @@ def generate_batch(
     tapped: list[list[torch.Tensor]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     cache = model.new_cache()
+    prompt_states: list[torch.Tensor] = []
     with model.captured_states() as states, model.tapped(taps) as features:
         for step in range(steps):
             width = longest + step
@@ -99,6 +104,11 @@ def generate_batch(
                 response.stopped = response.stopped or token in stop_tokens
                 if keep_states:
                     kept[rows[index]].append(states[-1][index, -1])
+            if keep_prompt_states and not step:
+                # What predicted a prompt's tokens; the last row predicted the answer's first.
+                prompt_states = [
+                    states[-1][index, longest - len(prompt) : -1].clone() for index, prompt in enumerate(prompts)
+                ]
             states.clear()
             if taps:
                 rows_of = features.take().to(torch.bfloat16).cpu()
@@ -118,6 +128,8 @@ def generate_batch(
         _finished(response, states_of, stop_tokens, budget=budget)
         for response, states_of, budget in zip(responses, kept, budgets, strict=True)
     ]
+    for response, rows_before in zip(finished, prompt_states, strict=False):
+        response.prompt_states = rows_before
     for response, prompt, pieces in zip(finished, prompts, tapped, strict=True):
         if pieces:
             fed = len(prompt) + len(response.tokens) - 1

@@ -7,6 +7,7 @@ loads, by its public forward alone.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,13 +117,14 @@ class CausalModel:
 
     @contextmanager
     def captured_states(self) -> Iterator[list[torch.Tensor]]:
-        """Collect what enters the output head in every pass: `[batch, rows, D]`, final norm included."""
+        """Collect the last states of every pass: `[batch, n, D]`, final norm included, at every position fed, also
+        where the output head was not asked for logits."""
         states: list[torch.Tensor] = []
 
-        def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            states.append(inputs[0].detach())
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            states.append(output[0].detach())
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        handle = self.model.base_model.register_forward_hook(keep)
         try:
             yield states
         finally:

@@ -149,7 +149,7 @@ def _make(context: RunContext, work: Work) -> None:
     if taps:
         hidden, metrics = int(str(config_shape(context.target_folder)["hidden_size"])), work.metrics
         ours, theirs = bytes_per_token(
-            tokens=metrics["tokens"], supervised=metrics["response_tokens"], hidden=hidden, num_taps=len(taps)
+            tokens=metrics["tokens"], stated=metrics["stated_tokens"], hidden=hidden, num_taps=len(taps)
         )
         work.metrics["feature_bytes_per_token"] = {"kept": round(ours), "reference_cache": round(theirs)}
         logger.info("features: %.0f bytes a token kept, %.0f in the layout of DeepSpec's cache", ours, theirs)
@@ -270,7 +270,7 @@ def _write_prompts(folder: Path, prompts: PromptSet, *, chosen: list[SplitPrompt
 def _metrics(folder: Path, num_shards: int) -> dict[str, Any]:
     """Counts for the manifest and the summary."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
-    supervised = total = 0
+    supervised = stated = total = 0
     for index in range(num_shards):
         for sample in read_shard(folder, index):
             cell = counts.setdefault(sample.split, {}).setdefault(sample.domain, {"samples": 0, "response_tokens": 0})
@@ -278,5 +278,6 @@ def _metrics(folder: Path, num_shards: int) -> dict[str, Any]:
             cell["samples"] += 1
             cell["response_tokens"] += response
             supervised += response
+            stated += int(sample.stated.sum())
             total += sample.tokens.shape[0]
-    return {"splits": counts, "response_tokens": supervised, "tokens": total}
+    return {"splits": counts, "response_tokens": supervised, "stated_tokens": stated, "tokens": total}

@@ -29,6 +29,11 @@ class Objective(Protocol):
         ...
 
 
+def reads_labels(objective: Objective) -> bool:
+    """Whether an objective learns from the token that was written, and so only where the target wrote it itself."""
+    return bool(getattr(objective, "reads_labels", False))
+
+
 @torch.no_grad()
 def acceptance(
     draft_logits: Tensor,  # shape: [N, V]
@@ -48,4 +53,4 @@ def acceptance(
     return torch.minimum(draft_probs, target_probs).sum(-1)
 
 
-__all__ = ["Objective", "acceptance"]
+__all__ = ["Objective", "acceptance", "reads_labels"]

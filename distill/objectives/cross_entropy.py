@@ -5,6 +5,7 @@ with more noise. Source: sequence-level distillation (Kim and Rush 2016, arXiv 1
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from distill.objectives._teacher import draft_log_probs
 @dataclass(frozen=True)
 class CrossEntropy:
     """Callable objective; see the module for the formula."""
+
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
         """Return the loss of each position, shape [N]; target logits are not used."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.objectives import Objective
+from distill.objectives import Objective, reads_labels
 from inference.plugins import plugin
 
 
@@ -21,6 +21,11 @@ class Mix:
     """Callable objective: the weighted sum of its parts."""
 
     parts: tuple[tuple[float, Objective], ...]
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether any part does."""
+        return any(reads_labels(objective) for _, objective in self.parts)
 
     def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
         """Return the loss of each position, shape [N]."""

@@ -25,6 +25,7 @@ class Config:
         max_new_tokens: longest response of one turn, in tokens.
         batch_size: conversations answered together, which is also one shard.
         keep_states: keep the states that predicted each token, so that training need not run the target again.
+        keep_prompt_states: keep them for the prompts' tokens as well, for drafts that learn from prompts.
         keep_features: keep the target's features too, for drafts that read them, unless they need more than
             `features_gib` or half of the free disk.
         taps: layers whose features are kept (decoder indices); empty for five spread from layer 1 to n - 3.
@@ -38,6 +39,7 @@ class Config:
     max_new_tokens: int = 128
     batch_size: int = 32
     keep_states: bool = True
+    keep_prompt_states: bool = True
     keep_features: bool = True
     taps: list[int] = field(default_factory=list)
     features_gib: float = 4.0
@@ -88,6 +90,7 @@ class Config:
                 stop_tokens=context.stop_tokens,
                 seed=seed + turn,
                 keep_states=self.keep_states,
+                keep_prompt_states=self.keep_states and self.keep_prompt_states,
                 taps=context.taps,
             )
             for thread, response in zip(waiting, responses, strict=True):
@@ -132,10 +135,12 @@ class _Thread:
         self.last = response.tokens
         self.ids += response.tokens
         self.mask += [True] * len(response.tokens)
-        if response.states is not None:
+        if response.states is not None and response.prompt_states is not None:
+            # A later turn feeds the whole conversation again, so what it gives replaces the turns before.
+            self.states = [response.prompt_states, response.states]
+        elif response.states is not None:
             self.states.append(response.states)
         if response.features is not None:
-            # A later turn feeds the whole conversation again, so its features replace those of the turns before.
             self.features = response.features
         text = str(self.context.tokenizer.decode(response.tokens, skip_special_tokens=True))
         self.messages = [*self.messages, {"role": "assistant", "content": text}]

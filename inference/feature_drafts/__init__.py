@@ -40,6 +40,8 @@ class FeatureDraftConfig:
         max_tokens: longer conversations are cut.
         chunk_tokens: positions whose vocabulary-wide rows exist at one time; 0 for as many as suit the device.
         position_decay: slot k (from 0) weighs exp(-k / position_decay); 0 weighs all alike.
+        prompt_share: share of a conversation's anchors that are drawn from its prompts, where the target's distribution
+            is known too; 0 learns from responses alone.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class FeatureDraftConfig:
     max_tokens: int = 512
     chunk_tokens: int = 0
     position_decay: float = 4.0
+    prompt_share: float = 0.0
 
     trained = True
     num_taps = 5
@@ -68,6 +71,8 @@ class FeatureDraftConfig:
         for name in ("vocabulary", "lr", "chunk_tokens", "position_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use 0 or more")
+        if not 0 <= self.prompt_share < 1:
+            raise ValueError(f"draft.{self.kind}.prompt_share is {self.prompt_share}; use 0 up to, but not, 1")
         if self.init not in INITS:
             raise ValueError(f"draft.{self.kind}.init is {self.init!r}; choose one of {', '.join(INITS)}")
 

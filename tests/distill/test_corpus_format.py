@@ -54,6 +54,26 @@ def test_a_shard_gives_back_what_was_written(tmp_path: Path, states: bool) -> No
     assert read[0].tokens.dtype == torch.int64 and read[0].mask.dtype == torch.bool
 
 
+def test_states_of_all_tokens_but_the_first_come_back_to_their_tokens(tmp_path: Path) -> None:
+    whole = [replace(s, states=torch.arange(1.0, s.tokens.shape[0])[:, None].expand(-1, 4)) for s in SAMPLES]
+    write_shard(tmp_path, 0, whole)
+    read = read_shard(tmp_path, 0)
+    assert all(map(_same, read, whole))
+    for sample in read:
+        assert sample.stated.tolist() == [False] + [True] * (sample.tokens.shape[0] - 1)
+        # State i predicted token i.
+        for positions in (sample.mask, sample.stated, sample.mask[:6]):
+            assert sample.states_of(positions)[:, 0].tolist() == positions.nonzero()[:, 0].tolist()
+
+
+def test_states_of_responses_alone_are_found_by_their_tokens() -> None:
+    sample = replace(SAMPLES[0], states=torch.tensor([[4.0], [5.0], [6.0]]))
+    assert torch.equal(sample.stated, sample.mask)
+    assert sample.states_of(sample.mask)[:, 0].tolist() == [4.0, 5.0, 6.0]
+    assert sample.states_of(sample.mask & (torch.arange(7) != 5))[:, 0].tolist() == [4.0, 6.0]
+    assert not replace(sample, states=None).stated.any()
+
+
 def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

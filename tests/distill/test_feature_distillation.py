@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from distill.corpus import Sample
 from distill.distillation import capture_states
 from distill.feature_distillation import FeatureDistillation, _pack, covered_mass, draft_vocabulary
 from distill.features import capture_features
-from distill.objectives import Objective, forward_kl, lk
+from distill.objectives import Objective, cross_entropy, forward_kl, lk, mix, reads_labels
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, make_network
 from inference.feature_drafts.dflash import Config as DFlash
@@ -217,6 +218,66 @@ def test_the_first_token_of_a_response_is_predicted_from_its_prompt(target: Caus
     assert blocks[2] == {1: [2, 3], 2: [3]}
 
 
+def _prompted(target: CausalModel, objective: Objective = OBJECTIVES["hybrid"], **settings: Any) -> FeatureDistillation:
+    """Coded conversations whose states are known everywhere, and anchors drawn in prompts too."""
+    samples = []
+    for index, (length, spans) in enumerate(CONVERSATIONS):
+        columns = torch.arange(1, length)[:, None] + 100.0 * index
+        samples.append(replace(_sample(index, length, spans), states=columns.double().expand(-1, 32)))
+    config = DFlash(**{**SMALL, "prompt_share": 0.5, **settings})
+    return FeatureDistillation(
+        make_network(config, target, None, seed=0),
+        target,
+        samples,
+        features_of=_coded_features,
+        objective=objective,
+        seed=0,
+    )
+
+
+def test_a_share_of_the_anchors_lies_in_prompts_and_their_blocks_run_on(target: CausalModel) -> None:
+    blocks = _placed_blocks(_prompted(target, sequences_per_step=5, anchors=200).batch(0, 0))
+    for index, (length, spans) in enumerate(CONVERSATIONS):
+        mask = _sample(index, length, spans).mask.tolist()
+        expected = {
+            anchor: [column for column in range(anchor + 1, min(anchor + 1 + BLOCK, length))]
+            for anchor in range(1, length - 1)
+            if not mask[anchor + 1]
+        } | _blocks(mask)
+        assert blocks[index] == expected
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_no_more_than_the_share_is_drawn_from_prompts(target: CausalModel, share: float) -> None:
+    distillation = _prompted(target, sequences_per_step=5, anchors=4, prompt_share=share)
+    for step in range(4):
+        for index, found in _placed_blocks(distillation.batch(step, 0)).items():
+            mask = distillation.train[index].mask.tolist()
+            asked = sum(not mask[anchor + 1] for anchor in found)
+            possible = sum(not mask[column] for column in range(2, len(mask)))
+            assert asked == min(round(4 * share), possible)
+            assert len(found) - asked == min(4 - asked, len(_blocks(mask)))
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "mix"])
+def test_an_objective_that_reads_labels_keeps_to_the_targets_own_words(target: CausalModel, kind: str) -> None:
+    objective = {"cross_entropy": cross_entropy.Config().build(), "mix": mix.Config().build()}[kind]
+    batches = [
+        _prompted(target, objective, sequences_per_step=5, anchors=6).batch(0, 0),
+        _prompted(target, sequences_per_step=5, anchors=6, prompt_share=0.0).batch(0, 0),
+    ]
+    assert _equal(*batches)
+    assert not reads_labels(mix.Config(weights={"total_variation": 1.0}).build())
+
+
+def test_held_out_figures_keep_to_responses(target: CausalModel) -> None:
+    samples = _samples(target)
+    figures = [
+        _distillation(target, replace(KINDS["eagle3"], prompt_share=share), samples).evaluate() for share in (0.0, 0.5)
+    ]
+    assert figures[0] == figures[1]
+
+
 def test_fewer_anchors_are_drawn_anew_in_every_epoch(target: CausalModel) -> None:
     distillation = _coded_distillation(target, sequences_per_step=5, anchors=3)
     all_blocks = [_blocks(sample.mask.tolist()) for sample in distillation.train]
@@ -237,8 +298,7 @@ def test_labels_and_states_are_those_of_their_slots(target: CausalModel, row_tok
     distillation = _coded_distillation(
         target, sequences_per_step=5, anchors=6, row_tokens=row_tokens, max_tokens=max_tokens
     )
-    for step in range(3):
-        batch = distillation.batch(step, 0)
+    for batch in (*(distillation.batch(step, 0) for step in range(3)), _prompted(target, anchors=6).batch(0, 0)):
         slots = batch["slots"].nonzero().tolist()
         assert len(slots) == len(batch["labels"]) == len(batch["places"]) == len(batch["target_states"])
         for number, (row, place, slot) in enumerate(slots):
@@ -473,8 +533,7 @@ def _figures(network: FeatureNetwork, target: CausalModel, samples: list[Sample]
         padded = torch.cat([sample.tokens, torch.zeros(BLOCK, dtype=torch.long)])
         features = features_of(target, sample.tokens, TAPS).bfloat16().double()
         with torch.inference_mode():
-            assert sample.states is not None
-            rows = target.head(sample.states.double()).softmax(-1)
+            rows = target.head(sample.states_of(sample.mask).double()).softmax(-1)
         for anchor, logits in stepwise(network, features, padded, chunks):
             survival = greedy = 1.0
             tau, tau_greedy = 1.0, 1.0
@@ -527,8 +586,7 @@ def test_what_the_draft_cannot_propose_is_never_accepted(target: CausalModel) ->
     assert figures["whole"]["tau"] == pytest.approx(figures["whole"]["tau_greedy"])
     masses = []
     for sample in distillation.validation:
-        assert sample.states is not None
-        mass = target.head(sample.states.double()).softmax(-1)[:, HALF].sum(-1)
+        mass = target.head(sample.states_of(sample.mask).double()).softmax(-1)[:, HALF].sum(-1)
         masses += [float(mass[int(sample.mask[: a + 1].sum())]) for a in _blocks(sample.mask.tolist())]
     assert figures["half"]["acceptance"] == pytest.approx(sum(masses) / len(masses), rel=1e-5)
     assert figures["half"]["acceptance"] < 0.9
@@ -588,7 +646,7 @@ def test_the_whole_vocabulary_is_none(target: CausalModel, size: int) -> None:
 
 def test_covered_mass_is_the_targets_probability_on_a_vocabulary(target: CausalModel) -> None:
     samples = _samples(target)
-    states = torch.cat([s.states for s in samples if s.split == "validation" and s.states is not None])
+    states = torch.cat([s.states_of(s.mask) for s in samples if s.split == "validation"])
     mass = target.head(states.double()).softmax(-1)[:, HALF].sum(-1)
     assert covered_mass(target, samples, HALF) == pytest.approx(float(mass.mean()), rel=1e-5)
     assert covered_mass(target, samples, HALF, limit=4) == pytest.approx(float(mass[:4].mean()), rel=1e-5)

@@ -178,7 +178,7 @@ def test_bytes_per_token_are_those_of_a_shard(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "shard-00002.safetensors") | load_file(features_path(tmp_path, 2))
     stored.pop("lengths")  # one number a conversation
     tokens, supervised = sum(LENGTHS[2]), sum(int(sample.mask.sum()) for sample in shard)
-    ours, theirs = bytes_per_token(tokens=tokens, supervised=supervised, hidden=HIDDEN, num_taps=len(TAPS))
+    ours, theirs = bytes_per_token(tokens=tokens, stated=supervised, hidden=HIDDEN, num_taps=len(TAPS))
     assert ours * tokens == pytest.approx(sum(tensor.nbytes for tensor in stored.values()))
     # Three layers and the last state of 4 numbers in 2 bytes, an int32 token, two masks of a byte.
     assert theirs == 4 * 4 * 2 + 4 + 2

@@ -129,19 +129,24 @@ def test_an_answer_of_a_stop_token_alone_is_an_empty_turn(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompts", [True, False])
 def test_states_are_those_of_a_pass_over_the_whole_conversation(
-    chatml: PreTrainedTokenizerFast, temperature: float
+    chatml: PreTrainedTokenizerFast, temperature: float, prompts: bool
 ) -> None:
     context = _context(chatml, "a", "b")  # stop tokens enough for turns of several lengths
-    samples = _answer([TWO_TURNS, ONE_TURN], context, temperature=temperature, max_new_tokens=20)
+    samples = _answer(
+        [TWO_TURNS, ONE_TURN], context, temperature=temperature, max_new_tokens=20, keep_prompt_states=prompts
+    )
     assert context.model is not None
     for sample in samples:
         with torch.inference_mode():
             states = context.model.states(sample.tokens[None])[0]
-        # The state before a supervised token predicted it.
+        # The state before a token predicted it.
         expected = states[sample.mask.nonzero()[:, 0] - 1]
-        assert sample.states is not None
-        torch.testing.assert_close(sample.states, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sample.states_of(sample.mask), expected, rtol=1e-9, atol=1e-9)
+        assert int(sample.stated.sum()) == (len(sample.tokens) - 1 if prompts else int(sample.mask.sum()))
+        if prompts:
+            torch.testing.assert_close(sample.states, states[:-1], rtol=1e-9, atol=1e-9)
         if temperature == 0.0:
             with torch.inference_mode():
                 assert torch.equal(context.model.head(expected).argmax(-1), sample.tokens[sample.mask])

@@ -46,6 +46,19 @@ def test_a_batch_gives_what_a_plain_loop_gives_for_each_prompt(name: str) -> Non
     assert [r.tokens for r in _generate(model, prompts)] == expected
 
 
+def test_the_states_of_prompts_are_those_of_each_prompt_alone() -> None:
+    model, prompts = family_model("llama"), _prompts(3, 15, 1, 9)
+    responses = generate_batch(
+        model, prompts, settings=SAMPLED, max_new_tokens=5, stop_tokens=NONE, seed=0, keep_prompt_states=True
+    )
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.inference_mode():
+            alone = model.states(torch.tensor([prompt]))[0, :-1]
+        assert response.states is None and response.prompt_states is not None
+        torch.testing.assert_close(response.prompt_states, alone, rtol=1e-9, atol=1e-9)
+    assert all(r.prompt_states is None for r in _generate(model, prompts, keep_states=True))
+
+
 def test_rows_that_end_early_change_nothing_for_the_others() -> None:
     model, prompts = family_model("llama"), _prompts(3, 15, 1, 9, 5, 2, 7, 4)
     whole = [greedy_reference(model, torch.tensor(p), 30) for p in prompts]

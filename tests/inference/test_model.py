@@ -253,8 +253,8 @@ def test_captured_states_stop_with_the_block() -> None:
     with model.captured_states() as captured:
         model.logits(torch.arange(4), model.new_cache(), num_rows=2)
     model.logits(torch.arange(4), model.new_cache(), num_rows=2)
-    # Only the rows that reach the head.
-    assert [tuple(states.shape) for states in captured] == [(1, 2, 32)]
+    # Every position fed, also those that never reach the head.
+    assert [tuple(states.shape) for states in captured] == [(1, 4, 32)]
 
 
 def test_states_ignore_padding_on_the_right() -> None:
