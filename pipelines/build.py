@@ -27,12 +27,14 @@ from distill.features import (
     kept_taps,
     write_features,
 )
+from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, make_network
 from inference.feature_drafts._checkpoint import save_network
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.files import content_digest, plain, write_json
 from pipelines.plan import resolved_trainer
@@ -54,6 +56,9 @@ def draft_spec(context: RunContext, name: str, corpus: Artifact | None) -> Spec:
     if settings.get("path") and (digest := content_digest(Path(settings["path"]))):
         inputs["checkpoint"] = digest
         settings["path"] = ""
+    if other := _other(context, name):
+        # What it is made from says what it is; its settings and its target are in there.
+        inputs["draft"] = draft_spec(context, other, corpus).key
     config: dict[str, Any] = {"draft": settings}
     if draft.trained:
         assert corpus is not None, "a trained draft needs a corpus"
@@ -65,10 +70,36 @@ def draft_spec(context: RunContext, name: str, corpus: Artifact | None) -> Spec:
 
 def run_build(context: RunContext, corpus: Artifact | None) -> dict[str, Artifact]:
     """Make every configured draft, or find it; returns artifacts by draft name."""
-    return {
-        name: context.store.obtain(draft_spec(context, name, corpus), make=partial(_make, context, name, corpus))
-        for name in context.cfg.draft
-    }
+    made: dict[str, Artifact] = {}
+    # Whatever contains another draft comes after it.
+    for name in sorted(context.cfg.draft, key=lambda name: _other(context, name) is not None):
+        make = partial(_make, context, name, corpus, made)
+        made[name] = context.store.obtain(draft_spec(context, name, corpus), make=make)
+    return {name: made[name] for name in context.cfg.draft}
+
+
+def check_contained(cfg: RunConfig) -> None:
+    """Refuse a draft that is to contain another which is not there, before anything is made for it.
+
+    Raises:
+        InputError: the other is not in the list of drafts, or contains one itself.
+    """
+    for name, draft in cfg.draft.items():
+        other = getattr(draft, "of", None)
+        if other is None:
+            continue
+        where = f"draft.{name}.of"
+        if other not in cfg.draft:
+            mend = f"add it to the list, as in draft=[none,{other},{name}], or name one that is in it"
+            raise InputError(f"no draft {other!r} in the list", where=where, mend=mend)
+        if hasattr(cfg.draft[other], "of"):
+            raise InputError(f"{other!r} contains a draft itself", where=where, mend="name one that contains none")
+
+
+def _other(context: RunContext, name: str) -> str | None:
+    """Name of the draft that a draft contains; None for most."""
+    other: str | None = getattr(context.cfg.draft[name], "of", None)
+    return other
 
 
 @dataclass(frozen=True)
@@ -80,11 +111,13 @@ class _Trainee:
     save: Callable[[Path], None]
 
 
-def _make(context: RunContext, name: str, corpus: Artifact | None, work: Work) -> None:
+def _make(context: RunContext, name: str, corpus: Artifact | None, made: dict[str, Artifact], work: Work) -> None:
     draft = context.cfg.draft[name]
     work.metrics["kind"] = draft.kind
     if not draft.trained:
-        draft.write(_draft_context(context, work))
+        other = _other(context, name)
+        folder = made[other].path / DRAFT_FOLDER if other else None
+        draft.write(dataclasses.replace(_draft_context(context, work), other=folder))
         return
     assert corpus is not None, "a trained draft needs a corpus"
     # The head alone is used, once per supervised token; fp32 keeps teacher and student comparable.

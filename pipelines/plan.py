@@ -24,7 +24,6 @@ PLAN_FILE = "plan.json"
 
 # Time beside the products that the profile measures: attention, padding, sampling, Python. From runs on two CPUs.
 _GENERATION_OVERHEAD = 2.2
-_TRAINING_OVERHEAD = 1.8
 _MEAN_PROMPT_TOKENS = 110
 _MEAN_RESPONSE_SHARE = 0.75
 
@@ -146,7 +145,7 @@ def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, nu
     conversations = draft.sequences_per_step * cfg.trainer.accumulation
     step_seconds = (cost["layer"] * token_layers + cost["head"] * head_positions) * conversations
     seconds = cfg.budget.training_minutes * 60 / num_trained
-    return max(10, int(seconds / (step_seconds * _TRAINING_OVERHEAD)))
+    return max(10, int(seconds / (step_seconds * draft.training_overhead)))
 
 
 def resolved_trainer(cfg: RunConfig, plan: Plan, name: str) -> Any:

@@ -179,7 +179,7 @@ def _pair_info(
     """What `pair.json` says."""
     cfg, plan = context.cfg, context.plan
     data = read_json(lineage.score.path / SCORECARD_FILE)
-    winner = decision.winner
+    winner, draft = decision.winner, folder / "draft"
     target_path = cfg.target.path if not Path(cfg.target.path).is_dir() else str(Path(cfg.target.path).resolve())
     lookahead = {**plain(asdict(cfg.lookahead)), "tokens": data["blocks"].get(winner, 0)}
     return {
@@ -196,7 +196,7 @@ def _pair_info(
         "draft": {
             "name": winner,
             "kind": cfg.draft[winner].kind,
-            "files": {p.name: sha256_file(p) for p in sorted((folder / "draft").iterdir())},
+            "files": {p.relative_to(draft).as_posix(): sha256_file(p) for p in sorted(draft.rglob("*")) if p.is_file()},
         },
         "decoding": {
             "precision": plan.baseline_precision if winner == BASELINE else plan.block_precision,

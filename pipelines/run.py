@@ -9,7 +9,7 @@ from typing import TypeVar
 from inference.errors import InputError
 from inference.statistics import find_card
 from pipelines.artifacts import Artifact, Spec
-from pipelines.build import draft_spec, run_build
+from pipelines.build import check_contained, draft_spec, run_build
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import corpus_spec, run_corpus
@@ -47,6 +47,7 @@ def run(cfg: RunConfig, stage: str) -> float:
         "select": _select,
         "publish": _publish,
     }
+    check_contained(cfg)
     if stage in ("all", "score"):
         check_baseline(cfg)
     if stage in ("all", "select"):

@@ -29,12 +29,14 @@ class DraftContext:
         folder: where the draft is written.
         device: where a student is trained.
         num_target_layers: decoder layers of the target.
+        other: folder of the draft that this one contains (`of` in its settings); None for all that contain none.
     """
 
     target_folder: Path
     folder: Path
     device: torch.device
     num_target_layers: int
+    other: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class TrainedConfig:
     trained = True
     lr = 0.0
     """Peak learning rate in place of the optimizer's own; 0 keeps that."""
+    training_overhead = 1.8
+    """Time of a step over that of its products: attention, losses, evaluation. From runs on two CPUs."""
 
     def num_layers(self, num_target_layers: int) -> int:
         """Decoder layers of the student, for the time plan."""

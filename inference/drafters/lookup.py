@@ -4,6 +4,7 @@ Source: prompt look-up decoding (Saxena 2023); Yang et al. 2023, LLMA.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -67,7 +68,7 @@ class LookupDrafter:
         if found is None:
             return Proposal(context[:0])
         length, start = found
-        chance = (self._stood[length] + 1) / (self._tried[length] + 2)
+        chance = self._chance(length)
         kept = 0
         while kept < min(limit, len(self._tokens) - start):
             confidences = (chance,) * (kept + 1) if lookahead.needs_confidence else ()
@@ -76,6 +77,12 @@ class LookupDrafter:
             kept += 1
         self._last = (length, kept)
         return Proposal(context[start : start + kept])
+
+    def chance(self, context: torch.Tensor) -> float:
+        """Confidence of what `propose` would propose now; 0 where nothing matches."""
+        self._extend(context[len(self._tokens) :].tolist())
+        found = self._match()
+        return self._chance(found[0]) if found else 0.0
 
     def rollback(self, num_accepted: int) -> None:
         """Learn how well matches of the last length do; nothing is cached beyond verified tokens."""
@@ -97,6 +104,9 @@ class LookupDrafter:
                     self._after[tuple(self._tokens[end - length : end])] = end
             self._tokens.append(token)
 
+    def _chance(self, length: int) -> float:
+        return (self._stood[length] + 1) / (self._tried[length] + 2)
+
     def _match(self) -> tuple[int, int] | None:
         """Longest suffix seen before: its length and the position after its latest earlier occurrence."""
         for length in self._lengths:
@@ -106,12 +116,18 @@ class LookupDrafter:
         return None
 
 
+def lookup_settings(spec: dict[str, object], *, where: Path) -> LookupSettings:
+    """Settings out of a `draft.json`.
+
+    Raises:
+        InputError: they are missing or off.
+    """
+    try:
+        return LookupSettings(longest=int(str(spec["longest"])), shortest=int(str(spec["shortest"])))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"look-up settings are off: {error}", where=str(where), mend="build the draft again") from None
+
+
 def load(spec: dict[str, object], context: LoadContext) -> LookupDrafter:
     """See `load_drafter`."""
-    try:
-        settings = LookupSettings(longest=int(str(spec["longest"])), shortest=int(str(spec["shortest"])))
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"look-up settings are off: {error}", where=str(context.folder), mend="build the draft again"
-        ) from None
-    return LookupDrafter(settings)
+    return LookupDrafter(lookup_settings(spec, where=context.folder))

@@ -61,6 +61,8 @@ class FeatureDraftConfig:
 
     trained = True
     num_taps = 5
+    training_overhead = 1.25
+    """Time of a step over that of its products; from runs on two CPU cores."""
     confidence_weight = 0.0
     """Weight of the confidence head's loss, for kinds that have such a head."""
 

@@ -13,6 +13,7 @@ from distill.drafts.pruned import Config as PrunedConfig
 from distill.drafts.quantized import Config as QuantizedConfig
 from inference.drafters import DRAFT_FILE, Drafter, LoadContext, load_drafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.mixed import INNER_FOLDER
 from inference.feature_drafts import FeatureDraftConfig, make_network
 from inference.feature_drafts._checkpoint import save_network
 from inference.feature_drafts.dflash import Config as DFlash
@@ -30,7 +31,7 @@ FEATURE_CONFIGS: dict[str, FeatureDraftConfig] = {
     "eagle3": Eagle3(block=4, vocabulary=VOCABULARY),
     "medusa": Medusa(block=4, vocabulary=0),
 }
-KINDS = ("lookup", "pruned", "pretrained", "quantized", *FEATURE_CONFIGS)
+KINDS = ("lookup", "pruned", "pretrained", "quantized", *FEATURE_CONFIGS, "mixed")
 
 
 def real_drafter(kind: str, shared: Path) -> Drafter:
@@ -63,6 +64,9 @@ def _write(kind: str, folder: Path) -> None:
         # whole, so that the bonus token and the draft's own cache are exercised.
         shutil.copytree(target_folder(), folder)
         (folder / DRAFT_FILE).write_text('{"kind": "model"}', encoding="utf-8")
+    elif kind == "mixed":
+        _write_feature_draft(FEATURE_CONFIGS["eagle3"], folder / INNER_FOLDER)
+        (folder / DRAFT_FILE).write_text('{"kind": "mixed", "longest": 4, "shortest": 2}', encoding="utf-8")
     else:
         _write_feature_draft(FEATURE_CONFIGS[kind], folder)
 

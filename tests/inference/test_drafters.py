@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.drafters import Drafter, LoadContext, Proposal, load_drafter
+from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, load_drafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
@@ -238,6 +239,85 @@ def _spec(folder: Path, content: object) -> Path:
     return folder
 
 
+class _Fixed:
+    """Always proposes the same tokens; remembers what it was told."""
+
+    kind = "fixed"
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens, self.begun, self.told = torch.tensor(tokens), 0, list[int]()
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        self.begun += 1
+
+    def propose(self, context: torch.Tensor, **_: object) -> Proposal:
+        return Proposal(self.tokens)
+
+    def rollback(self, num_accepted: int) -> None:
+        self.told.append(num_accepted)
+
+    def nbytes(self) -> int:
+        return 7
+
+
+def _mixed(draft: Drafter, context: list[int]) -> MixedDrafter:
+    drafter = mixed_drafter(LookupDrafter(LookupSettings(longest=2, shortest=1)), draft)
+    drafter.begin(torch.tensor(context))
+    return drafter
+
+
+def test_mixed_takes_a_match_first_and_the_draft_where_there_is_none() -> None:
+    draft = _Fixed(8, 8)
+    assert _propose(_mixed(draft, [1, 2, 3, 1, 2]), [1, 2, 3, 1, 2]).tokens.tolist() == [3, 1, 2]
+    assert _propose(_mixed(draft, [1, 2, 3, 4]), [1, 2, 3, 4]).tokens.tolist() == [8, 8]
+    assert draft.begun == 2
+
+
+def test_mixed_goes_by_who_was_right_more_often_in_this_request() -> None:
+    draft, context = _Fixed(8, 8), [1, 2, 3, 1, 2]
+    drafter = _mixed(draft, context)
+    # The match fails: 1 of 3 against the draft's 1 of 2.
+    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
+    drafter.rollback(0)
+    assert draft.told == []
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+    # The draft fails too, which makes them equal, and a match is free.
+    drafter.rollback(0)
+    assert draft.told == [0]
+    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
+    drafter.rollback(0)
+    # Two tokens that stand leave the draft ahead for good.
+    for _ in range(3):
+        assert _propose(drafter, context).tokens.tolist() == [8, 8]
+        drafter.rollback(2)
+    assert draft.told == [0, 2, 2, 2]
+    # The next request begins anew.
+    drafter.begin(torch.tensor(context))
+    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
+
+
+def test_mixed_reads_features_only_where_its_draft_does() -> None:
+    class Reader(_Fixed):
+        taps = (1, 3)
+
+        def read(self, features: torch.Tensor) -> None:
+            self.told.append(int(features[0, 0]))
+
+    plain, reader = _mixed(_Fixed(8), [1, 2]), _mixed(Reader(8), [1, 2])
+    assert not isinstance(plain, ReadsFeatures) and plain.nbytes() == 7
+    assert isinstance(reader, ReadsFeatures) and reader.taps == (1, 3)
+    reader.read(torch.full((2, 4), 5.0))
+    assert isinstance(reader.draft, Reader) and reader.draft.told == [5]
+
+
+def test_mixed_folders_hold_the_other_draft(tmp_path: Path, target: CausalModel) -> None:
+    folder = _spec(tmp_path / "mixed", {"kind": "mixed", "longest": 5, "shortest": 3})
+    _spec(write_model(folder / "draft", layers=1), {"kind": "model"})
+    drafter = _load(folder, target)
+    assert isinstance(drafter, MixedDrafter) and isinstance(drafter.draft, ModelDrafter)
+    assert drafter.lookup.settings == LookupSettings(longest=5, shortest=3)
+
+
 def test_folders_load_as_the_kind_they_name(tmp_path: Path, target: CausalModel) -> None:
     assert isinstance(_load(_spec(tmp_path / "none", {"kind": "none"}), target), NoDrafter)
     lookup = _load(_spec(tmp_path / "lookup", {"kind": "lookup", "longest": 5, "shortest": 2}), target)
@@ -267,11 +347,13 @@ def test_quantized_folders_need_no_weights(
         ([1], "draft.json names no kind"),
         ({"longest": 3}, "draft.json names no kind"),
         ({"kind": 3}, "draft.json names no kind"),
-        ({"kind": "wizard"}, "unknown kind 'wizard' .*: choose one of feature, lookup, model, none, quantized"),
+        ({"kind": "wizard"}, "unknown kind 'wizard' .*: choose one of feature, lookup, mixed, model, none, quantized"),
         ({"kind": "../model"}, "unknown kind"),
         ({"kind": "__init__"}, "unknown kind"),
         ({"kind": "lookup"}, "look-up settings are off: 'longest'"),
         ({"kind": "lookup", "longest": 1, "shortest": 2}, "look-up settings are off: need 1 <= shortest"),
+        ({"kind": "mixed", "longest": 1, "shortest": 2}, "look-up settings are off"),
+        ({"kind": "mixed", "longest": 3, "shortest": 2}, "no draft here"),
         ({"kind": "quantized", "format": "nf3"}, "unknown format 'nf3'; choose one of nf4, int8"),
         ({"kind": "quantized", "format": "nf4", "kept_layers": 3}, "quantized draft"),
         ({"kind": "quantized", "format": "nf4", "kept_layers": [0, 9]}, "cannot keep layer 9 of 3"),

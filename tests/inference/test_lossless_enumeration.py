@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from inference.cache import RollbackCache
 from inference.drafters import Drafter, Proposal
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.mixed import MixedDrafter, MixedFeatureDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.drafters.quantized import quantization_config
@@ -75,10 +77,24 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
         "quantized nf4": ModelDrafter(MemoModel(_quantized(folder, "nf4", None))),
         "quantized int8": ModelDrafter(MemoModel(_quantized(folder, "int8", None))),
         "quantized, layers skipped": ModelDrafter(MemoModel(_quantized(folder, "nf4", [1]))),
+        "mixed": _mixed(ModelDrafter(MemoModel(tiny_model(7, layers=1)))),
     }
 
 
-KINDS = ["none", "lookup", "pruned", "pretrained", "quantized nf4", "quantized int8", "quantized, layers skipped"]
+def _mixed(draft: Drafter) -> MixedDrafter:
+    return mixed_drafter(LookupDrafter(LookupSettings(longest=2, shortest=1)), draft)
+
+
+KINDS = [
+    "none",
+    "lookup",
+    "pruned",
+    "pretrained",
+    "quantized nf4",
+    "quantized int8",
+    "quantized, layers skipped",
+    "mixed",
+]
 FEATURE_CONFIGS: dict[str, FeatureDraftConfig] = {
     "dflash": DFlash(block=2, taps=[0, 1], vocabulary=0),
     "dspark": DSpark(block=2, taps=[0, 1], vocabulary=0, markov_rank=4),
@@ -121,6 +137,27 @@ def test_law_of_feature_drafts_holds_with_real_caches_and_hooks(kind: str) -> No
     target, settings = tiny_model(0), SETTINGS["T=1"]
     law = speculative_law(target, _feature_drafter(kind), POLICIES["fixed"], settings)
     assert distance(law, target_law(MemoModel(tiny_model(0)), settings)) < 1e-6
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_law_of_feature_drafts_behind_look_up_equals_the_targets(
+    kind: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, drafter = MemoModel(tiny_model(0)), _mixed(_feature_drafter(kind))
+    assert isinstance(drafter, MixedFeatureDrafter)
+    proposed = {LookupDrafter: 0, FeatureDrafter: 0}
+    for owner in (LookupDrafter, FeatureDrafter):
+
+        def counted(self: Drafter, *args: object, _own: Any = owner.propose, **kwargs: object) -> Proposal:
+            proposal: Proposal = _own(self, *args, **kwargs)
+            proposed[type(self)] += len(proposal)  # type: ignore[index]
+            return proposal
+
+        monkeypatch.setattr(owner, "propose", counted)
+    law = speculative_law(target, drafter, POLICIES["fixed"], SETTINGS[settings])
+    assert distance(law, target_law(target, SETTINGS[settings])) < EXACT
+    assert all(proposed.values()), "both have their turns"
 
 
 class _Watched(FeatureDrafter):
@@ -281,6 +318,24 @@ def test_mutant_dropping_the_token_that_turned_out_unlikely_fails(
 
     monkeypatch.setattr(ModelDrafter, "propose", picky)
     assert _mutant_law_error(target, other) > VISIBLE
+
+
+def test_mutant_look_up_in_place_of_a_block_that_turned_out_unlikely_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = _mixed(other)
+    assert _mutant_law_error(target, mixed) < EXACT
+
+    def regretting(self: MixedDrafter, context: torch.Tensor, **kwargs: Any) -> Proposal:
+        drawn = self.draft.propose(context, **kwargs)
+        self._proposed = len(drawn)
+        matched = self.lookup.propose(context, **kwargs)
+        if len(matched) and drawn.probs is not None and float(drawn.probs[0, drawn.tokens[0]]) < 0.4:
+            return matched
+        return drawn
+
+    monkeypatch.setattr(MixedDrafter, "propose", regretting)
+    assert _mutant_law_error(target, mixed) > VISIBLE
 
 
 def test_mutant_bonus_token_from_the_wrong_row_fails(

@@ -20,6 +20,7 @@ from inference import verification
 from inference.decoder import Request, decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
+from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.feature_drafts import FeatureNetwork, Step
 from inference.lookahead.fixed import FixedLookahead
@@ -36,7 +37,7 @@ SAMPLES = 4_000
 MUTANT_SAMPLES = 1_000  # the mutant's p-value is then about 1e-20
 SAMPLED = SamplingSettings(temperature=1.0, top_k=4)
 LENGTH = 3
-DRAFTS = ("lookup", "pruned", "quantized", *FEATURE_CONFIGS)
+DRAFTS = ("lookup", "pruned", "quantized", *FEATURE_CONFIGS, "mixed")
 # Over all drafts. Each is held to the level that Holm's procedure asks of the smallest p-value (Bonferroni's): stricter
 # for the others, and the drafts may be tested apart.
 SIGNIFICANCE = 1e-4
@@ -232,6 +233,12 @@ def _candidate(kind: str, shared: Path) -> Drafter:
     drafter = real_drafter(kind, shared)
     if isinstance(drafter, ModelDrafter):
         return ModelDrafter(LeaningModel(drafter.model, _target()))
+    if isinstance(drafter, MixedDrafter):
+        return mixed_drafter(drafter.lookup, _leaning(drafter.draft))
+    return _leaning(drafter)
+
+
+def _leaning(drafter: Drafter) -> Drafter:
     if isinstance(drafter, FeatureDrafter):
         return FeatureDrafter(LeaningNetwork(drafter.network, _target(), int(_prompt()[0])))  # type: ignore[arg-type]
     return drafter

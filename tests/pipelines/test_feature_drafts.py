@@ -249,9 +249,53 @@ def test_so_does_a_pair_with_a_draft_of_another_kind(
     assert_writes_as_the_target_alone(place, kind)
 
 
-def assert_writes_as_the_target_alone(place: Workplace, kind: str) -> None:
+def test_a_draft_behind_look_up_is_made_after_the_other_and_published_whole(
+    tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tiny_place.again(tmp_path / "mixed")
+    monkeypatch.setattr(select, "decide", winning("mixed"))
+    words = [w.replace("draft=[none,eagle3]", "draft=[none,mixed,eagle3]") for w in small("eagle3")]
+    more = ("corpus.taps=[0,1,2]", "lookahead.tokens=3", "decode.max_new_tokens=10", "budget.score_prompts=1")
+    text, code = run(place.words(*words, *more))
+    assert code == 0, text
+    info = read(place.champion / "pair.json")
+    assert {"draft.json", "draft/draft.json", "draft/model.safetensors"} <= info["draft"]["files"].keys()
+    inner = {file.name: file.read_bytes() for file in (place.champion / "draft" / "draft").iterdir()}
+    [made] = [a for a in place.complete("draft") if read(a / "draft" / "draft.json")["kind"] == "feature"]
+    assert inner == {file.name: file.read_bytes() for file in (made / "draft").iterdir()}
+    assert_writes_as_the_target_alone(place, "mixed", kind="mixed")
+    (place.champion / "draft" / "draft" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="a file of the draft was changed or damaged"):
+        verify.verify(place.champion, cache=place.cache)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["draft=[none,mixed]"],
+            "no draft 'eagle3' in the list [draft.mixed.of]: add it to the list, as in draft=[none,eagle3,mixed], "
+            "or name one that is in it",
+        ),
+        (
+            ["draft=[none,lookup,mixed]", "draft.mixed.of=mixed"],
+            "'mixed' contains a draft itself [draft.mixed.of]: name one that contains none",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stage", [None, "build"])
+def test_a_draft_that_is_to_contain_one_that_is_not_there_is_refused(
+    tiny_place: Workplace, tmp_path: Path, words: list[str], message: str, stage: str | None
+) -> None:
+    place = tiny_place.again(tmp_path / "place")
+    text, code = run(place.words(*words, stage=stage))
+    assert (code, text.splitlines()[-1]) == (2, f"dspark: {message}")
+    assert not place.artifacts.exists(), "found out before anything is made"
+
+
+def assert_writes_as_the_target_alone(place: Workplace, name: str, *, kind: str = "feature") -> None:
     pair = load_pair(place.champion, cache=place.cache)
-    assert pair.info["draft"]["name"] == kind and pair.drafter.kind == "feature"
+    assert pair.info["draft"]["name"] == name and pair.drafter.kind == kind
     for prompt in ("code abc?", "chat gabe hid a cab?"):
         decoded = pair.generate(prompt, max_new_tokens=30).decoded
         expected = greedy(place.root / "target", pair.prompt_tokens(prompt), count=30, stops=stop_tokens(pair.target))
@@ -623,11 +667,11 @@ def test_more_work_in_a_step_gives_fewer_steps(
 
     # Answers of 0.75 * 12 = 9 tokens after prompts of 110. 4 anchors with 3 slots each go through 2 layers, 119 tokens
     # are projected at half a layer each: 24 + 59.5 = 83.5 token-layers; 12 slots go through 64 / 259 of the head: 2.97.
-    # 4 conversations a step: (83.5 * 1e-4 + 2.97 * 2e-4) * 4 = 0.03577 s, 1.8 times that with overhead: 931 a minute.
-    assert steps() == 931
-    # All 259 tokens: 12 whole heads, (0.00835 + 0.0024) * 4 * 1.8 = 0.0774 s.
-    assert steps(vocabulary=0) == steps(vocabulary=1000) == 775
-    assert steps(sequences_per_step=8) == 931 // 2
+    # 4 conversations a step: (83.5 * 1e-4 + 2.97 * 2e-4) * 4 = 0.03577 s, 1.25 times that with overhead: 1341 a minute.
+    assert steps() == 1341
+    # All 259 tokens: 12 whole heads, (0.00835 + 0.0024) * 4 * 1.25 = 0.0538 s.
+    assert steps(vocabulary=0) == steps(vocabulary=1000) == 1116
+    assert steps(sequences_per_step=8) == 1341 // 2
     for name, values in {"anchors": (2, 4, 8), "vocabulary": (32, 64, 128, 0), "block": (1, 3, 7)}.items():
         counts = [steps(**{name: value}) for value in values]
         assert counts == sorted(set(counts), reverse=True), name

@@ -1,0 +1,36 @@
+"""Look-up in front of another draft of the same run; see `inference.drafters.mixed`. Nothing is trained for it."""
+
+import shutil
+from dataclasses import dataclass
+
+from distill.drafts import DraftContext, write_spec
+from inference.drafters.lookup import LookupSettings
+from inference.drafters.mixed import INNER_FOLDER
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Which draft, and which suffixes count as a match.
+
+    Attributes:
+        kind: this kind.
+        of: name of the other draft, which must be in the list of drafts too.
+        longest: longest suffix looked up, in tokens.
+        shortest: shortest suffix looked up, in tokens.
+    """
+
+    kind: str = "mixed"
+    of: str = "eagle3"
+    longest: int = 4
+    shortest: int = 2
+
+    trained = False
+
+    def __post_init__(self) -> None:
+        LookupSettings(longest=self.longest, shortest=self.shortest)
+
+    def write(self, context: DraftContext) -> None:
+        """Write `draft.json` and, beside it, a copy of the other draft."""
+        assert context.other is not None, "the build stage makes the other draft first"
+        shutil.copytree(context.other, context.folder / INNER_FOLDER, dirs_exist_ok=True)
+        write_spec(context.folder, {"kind": "mixed", "longest": self.longest, "shortest": self.shortest})
