@@ -6,7 +6,8 @@ Also chooses block lengths, on other prompts than are scored. Writes nothing.
 import hashlib
 import random
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -186,10 +187,11 @@ def choose_block(
 ) -> BlockChoice:
     """Decode validation prompts with the longest block and take the length with the best expected tokens per second.
 
-    For a block of l the expected tokens of a round are 1 + sum_k prod_{i<=k} a_i and its cost is t_block +
-    l * t_draft + t_verify(1 + l); a_i is the conditional acceptance, smoothed towards its neighbour by one
-    pseudo-count. The two drafting costs come from a second pass over the prompts with blocks of one token; both are
-    timed at the first setting only, so that like is compared with like.
+    A round that proposed n tokens would have proposed m = min(n, l) of them with a block of l. Its expected tokens are
+    1 + sum_{k<=m} r_k a_k, where r_k is the share of rounds that came to position k and a_k the conditional acceptance
+    there, smoothed towards its neighbour by one pseudo-count; its cost is t_block + m * t_draft + t_verify(1 + m), and
+    t_verify(1) where it proposed nothing. The two drafting costs come from a second pass over the prompts with blocks
+    of one token; both are timed at the first setting only, so that like is compared with like.
 
     Args:
         arm: its lookahead is not used.
@@ -202,11 +204,11 @@ def choose_block(
         seed: of the run.
     """
     accepted, proposed = [0.0] * longest, [0.0] * longest
-    long, short, seen = _Drafting(), _Drafting(), 0
+    long, short, blocks = _Drafting(), _Drafting(), Counter[int]()
     for prompt in prompts:
         for setting in settings:
             result = _drafted(arm, prompt, longest, setting, max_new_tokens, stop_tokens, seed)
-            seen = max([seen, *result.blocks])
+            blocks.update(result.blocks)
             for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
                 accepted[k] += a
                 proposed[k] += p
@@ -215,7 +217,7 @@ def choose_block(
                 if longest > 1:
                     short.add(_drafted(arm, prompt, 1, setting, max_new_tokens, stop_tokens, seed))
     # A drafter may be unable to propose that much; what it never proposed is not considered.
-    longest = seen or longest
+    longest = max(blocks, default=0) or longest
     block_seconds, token_seconds = long.costs(short)
     return best_block(
         accepted[:longest],
@@ -223,6 +225,7 @@ def choose_block(
         token_seconds,
         block_seconds=block_seconds,
         pass_seconds=pass_seconds,
+        blocks=blocks,
     )
 
 
@@ -300,8 +303,21 @@ def best_block(
     *,
     pass_seconds: Callable[[int], float],
     block_seconds: float = 0.0,
+    blocks: Mapping[int, int] | None = None,
 ) -> BlockChoice:
-    """The arithmetic of `choose_block`, from counts by position, seconds per proposed token and per round."""
+    """The arithmetic of `choose_block`, from counts by position, seconds per proposed token and per round.
+
+    Args:
+        accepted: tokens that stood, by position.
+        proposed: tokens that were verified, by position: all before them had stood.
+        draft_seconds: to propose one token.
+        pass_seconds: seconds of a target pass of a given width.
+        block_seconds: seconds a round that proposes, besides.
+        blocks: rounds by tokens proposed; None for rounds that all proposed as many as they might.
+    """
+    rounds = sum(blocks.values()) if blocks else 0
+    counted = {len(accepted): 1} if blocks is None or not rounds else blocks
+    total = max(1, sum(counted.values()))
     conditional: list[float] = []
     neighbour = 0.5
     for a, p in zip(accepted, proposed, strict=True):
@@ -310,9 +326,12 @@ def best_block(
     expected: list[float] = []
     survival, tokens = 1.0, 1.0
     for length, chance in enumerate(conditional, start=1):
-        survival *= chance
+        survival = chance * (proposed[length - 1] / rounds if rounds else survival)
         tokens += survival
-        drafting = block_seconds + length * draft_seconds
-        expected.append(tokens * pass_seconds(1) / (drafting + pass_seconds(1 + length)))
+        cost = sum(
+            count * ((block_seconds + min(n, length) * draft_seconds if n else 0.0) + pass_seconds(1 + min(n, length)))
+            for n, count in counted.items()
+        )
+        expected.append(tokens * pass_seconds(1) * total / cost)
     best = max(range(len(expected)), key=lambda i: expected[i])
     return BlockChoice(best + 1, conditional, draft_seconds, expected, block_seconds)

@@ -17,20 +17,25 @@ class Config:
         of: name of the other draft, which must be in the list of drafts too.
         longest: longest suffix looked up, in tokens.
         shortest: shortest suffix looked up, in tokens.
+        draft_tokens: longest block of the other draft, in tokens; 0 for as long as those of look-up.
     """
 
     kind: str = "mixed"
     of: str = "eagle3"
     longest: int = 4
     shortest: int = 2
+    draft_tokens: int = 0
 
     trained = False
 
     def __post_init__(self) -> None:
         LookupSettings(longest=self.longest, shortest=self.shortest)
+        if self.draft_tokens < 0:
+            raise ValueError(f"draft.mixed.draft_tokens is {self.draft_tokens}; use 0 or more")
 
     def write(self, context: DraftContext) -> None:
         """Write `draft.json` and, beside it, a copy of the other draft."""
         assert context.other is not None, "the build stage makes the other draft first"
         shutil.copytree(context.other, context.folder / INNER_FOLDER, dirs_exist_ok=True)
-        write_spec(context.folder, {"kind": "mixed", "longest": self.longest, "shortest": self.shortest})
+        settings = {"longest": self.longest, "shortest": self.shortest, "draft_tokens": self.draft_tokens}
+        write_spec(context.folder, {"kind": "mixed", **settings})

@@ -4,10 +4,13 @@ A folder of this kind holds the other draft whole, in `draft/`. Which of the two
 drawn and from earlier rounds alone, so every block is one drafter's own and the verification rule needs no change.
 """
 
+from dataclasses import replace
+
 import torch
 
 from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, load_drafter
 from inference.drafters.lookup import LookupDrafter, lookup_settings
+from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.randomness import Source
 from inference.sampling import SamplingSettings
@@ -20,15 +23,19 @@ class MixedDrafter:
 
     How often: the share of proposed tokens that stood in earlier rounds of this request, Laplace-smoothed, for both.
 
+    A match that stands is likely to go on and costs nothing, so it may fill a long block; the draft's own blocks may be
+    kept shorter.
+
     Args:
         lookup: proposes where its record is at least as good.
         draft: proposes elsewhere.
+        draft_tokens: longest block of the draft; 0 for as many as asked for.
     """
 
     kind = "mixed"
 
-    def __init__(self, lookup: LookupDrafter, draft: Drafter) -> None:
-        self.lookup, self.draft = lookup, draft
+    def __init__(self, lookup: LookupDrafter, draft: Drafter, *, draft_tokens: int = 0) -> None:
+        self.lookup, self.draft, self.draft_tokens = lookup, draft, draft_tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -48,6 +55,8 @@ class MixedDrafter:
         chosen: Drafter = self.draft
         if self.lookup.chance(context) >= (self._stood + 1) / (self._tried + 2):
             chosen = self.lookup
+        elif self.draft_tokens:
+            limit = min(limit, self.draft_tokens)
         proposal = chosen.propose(context, limit=limit, lookahead=lookahead, settings=settings, generator=generator)
         self._proposed = None if chosen is self.lookup else len(proposal)
         return proposal
@@ -73,8 +82,8 @@ class MixedFeatureDrafter(MixedDrafter):
         taps: target layers whose outputs it reads.
     """
 
-    def __init__(self, lookup: LookupDrafter, draft: Drafter) -> None:
-        super().__init__(lookup, draft)
+    def __init__(self, lookup: LookupDrafter, draft: Drafter, *, draft_tokens: int = 0) -> None:
+        super().__init__(lookup, draft, draft_tokens=draft_tokens)
         assert isinstance(draft, ReadsFeatures)
         self._reader: ReadsFeatures = draft
         self.taps = draft.taps
@@ -84,13 +93,17 @@ class MixedFeatureDrafter(MixedDrafter):
         self._reader.read(features)
 
 
-def mixed_drafter(lookup: LookupDrafter, draft: Drafter) -> MixedDrafter:
+def mixed_drafter(lookup: LookupDrafter, draft: Drafter, *, draft_tokens: int = 0) -> MixedDrafter:
     """Look-up and a draft of any kind."""
-    return (MixedFeatureDrafter if isinstance(draft, ReadsFeatures) else MixedDrafter)(lookup, draft)
+    kind = MixedFeatureDrafter if isinstance(draft, ReadsFeatures) else MixedDrafter
+    return kind(lookup, draft, draft_tokens=draft_tokens)
 
 
 def load(spec: dict[str, object], context: LoadContext) -> MixedDrafter:
     """See `load_drafter`."""
     settings = lookup_settings(spec, where=context.folder)
-    draft = load_drafter(LoadContext(**{**context.__dict__, "folder": context.folder / INNER_FOLDER}))
-    return mixed_drafter(LookupDrafter(settings), draft)
+    draft_tokens = spec.get("draft_tokens", 0)
+    if not isinstance(draft_tokens, int) or draft_tokens < 0:
+        raise InputError(f"draft_tokens is {draft_tokens!r}", where=str(context.folder), mend="build the draft again")
+    draft = load_drafter(replace(context, folder=context.folder / INNER_FOLDER))
+    return mixed_drafter(LookupDrafter(settings), draft, draft_tokens=draft_tokens)

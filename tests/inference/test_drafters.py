@@ -296,6 +296,20 @@ def test_mixed_goes_by_who_was_right_more_often_in_this_request() -> None:
     assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
 
 
+def test_mixed_may_keep_the_drafts_own_blocks_short() -> None:
+    class Limited(_Fixed):
+        def propose(self, context: torch.Tensor, **options: object) -> Proposal:
+            return Proposal(self.tokens[: options["limit"]])  # type: ignore[misc]
+
+    lookup = LookupDrafter(LookupSettings(longest=2, shortest=1))
+    drafter = mixed_drafter(lookup, Limited(8, 8, 8), draft_tokens=2)
+    for context, tokens in (([1, 2, 3, 4], [8, 8]), ([1, 2, 3, 1, 2], [3, 1, 2])):
+        drafter.begin(torch.tensor(context))
+        assert _propose(drafter, context).tokens.tolist() == tokens
+    drafter.begin(torch.tensor([1, 2, 3, 4]))
+    assert _propose(drafter, [1, 2, 3, 4], limit=1).tokens.tolist() == [8]
+
+
 def test_mixed_reads_features_only_where_its_draft_does() -> None:
     class Reader(_Fixed):
         taps = (1, 3)
@@ -354,6 +368,7 @@ def test_quantized_folders_need_no_weights(
         ({"kind": "lookup", "longest": 1, "shortest": 2}, "look-up settings are off: need 1 <= shortest"),
         ({"kind": "mixed", "longest": 1, "shortest": 2}, "look-up settings are off"),
         ({"kind": "mixed", "longest": 3, "shortest": 2}, "no draft here"),
+        ({"kind": "mixed", "longest": 3, "shortest": 2, "draft_tokens": "two"}, "draft_tokens is 'two'"),
         ({"kind": "quantized", "format": "nf3"}, "unknown format 'nf3'; choose one of nf4, int8"),
         ({"kind": "quantized", "format": "nf4", "kept_layers": 3}, "quantized draft"),
         ({"kind": "quantized", "format": "nf4", "kept_layers": [0, 9]}, "cannot keep layer 9 of 3"),

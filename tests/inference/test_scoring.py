@@ -161,6 +161,20 @@ def test_best_block_by_hand() -> None:
     assert (choice.tokens, choice.draft_seconds) == (1, 0.1)
 
 
+def test_best_block_counts_rounds_that_proposed_less_or_nothing() -> None:
+    # 10 rounds: 4 proposed nothing, 2 one token, 4 two. Of 6 first tokens 3 stood; 2 of these had a second; 1 stood.
+    passes = {1: 1.0, 2: 1.1, 3: 1.2}
+    choice = best_block(
+        [3, 1], [6, 2], 0.1, block_seconds=0.2, pass_seconds=passes.__getitem__, blocks={0: 4, 1: 2, 2: 4}
+    )
+    first = 3.5 / 7
+    second = (1 + first) / 3
+    assert choice.conditional == pytest.approx([first, second])
+    one, two = 1 + 0.6 * first, 1 + 0.6 * first + 0.2 * second
+    costs = [0.4 * 1.0 + 0.6 * (0.2 + 0.1 + 1.1), 0.4 * 1.0 + 0.2 * (0.2 + 0.1 + 1.1) + 0.4 * (0.2 + 0.2 + 1.2)]
+    assert choice.expected == pytest.approx([one / costs[0], two / costs[1]])
+
+
 def test_best_block_is_longer_where_a_round_costs_the_same_whatever_its_length() -> None:
     shares, counts = [60.0] * 6, [100.0] * 6
     by_token = best_block(shares, counts, 0.3, pass_seconds=lambda w: 1.0)
