@@ -32,8 +32,12 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 16, 32)
 BLOCK_WIDTHS = (4, 6, 8)
 _CONTEXT_TOKENS = 128
 _REPEATS = 7
+_ROUNDS = 15
 _TRAIN_ROWS = 128
 _SECONDS = 1.0
+_PASS_SECONDS = 8.0
+# Whatever changes what is measured, or how, makes profiles measured before it worthless.
+_METHOD = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class DeviceProfile:
         device: processor or GPU name and thread count.
         versions: of torch and transformers.
         passes: passes[precision][width] = seconds of one pass of `width` tokens after 128 tokens of context, the lower
-            quartile of repeats: what the machine does when nothing else runs.
+            quartile of repeats: what the machine does when nothing else runs; never less than for fewer tokens.
         spread: spread[precision][width] = distance between the lower quartile and the median, seconds.
         train: train[precision] = seconds per token of forward and backward: `layer` through the linear products of one
             decoder layer, `head` through the output head and a divergence over the vocabulary.
@@ -102,7 +106,13 @@ def device_profile(target: TargetConfig, cache: Path) -> DeviceProfile:
     """
     folder = target.folder(cache)
     device = target.torch_device()
-    identity = {"device": device_name(device), "versions": _versions(), "shape": config_shape(folder), "widths": WIDTHS}
+    identity = {
+        "device": device_name(device),
+        "versions": _versions(),
+        "shape": config_shape(folder),
+        "widths": WIDTHS,
+        "method": _METHOD,
+    }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "profiles" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,22 +170,42 @@ def _versions() -> dict[str, str]:
 
 
 def _time_passes(model: CausalModel) -> tuple[dict[int, float], dict[int, float]]:
-    """Median seconds and spread per width, after a context of 128 tokens or half of what the model holds."""
+    """Seconds and spread per width, after a context of 128 tokens or half of what the model holds.
+
+    All widths take turns, so that a machine that is busy for a while is busy for all of them; then a monotone fit.
+    """
     context = min(_CONTEXT_TOKENS, model.context_limit // 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (context + max(WIDTHS),), generator=generator).to(model.device)
     cache = model.new_cache()
     model.logits(tokens[:context], cache, num_rows=1)
-    medians: dict[int, float] = {}
-    spreads: dict[int, float] = {}
-    for width in WIDTHS:
-
-        def one_pass(width: int = width) -> None:
+    seconds: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    rounds, spent = 0, 0.0
+    while rounds < 4 or (rounds <= _ROUNDS and spent < _PASS_SECONDS):
+        for width in WIDTHS:
             cache.rollback(context)
+            start = time.perf_counter()
             model.logits(tokens[context : context + width], cache, num_rows=width)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds[width].append(time.perf_counter() - start)
+            spent += seconds[width][-1]
+        rounds += 1
+    # The first round warms up.
+    quartiles = {width: statistics.quantiles(row[1:], n=4) for width, row in seconds.items()}
+    fitted = monotone([lower for lower, _, _ in quartiles.values()])
+    return dict(zip(WIDTHS, fitted, strict=True)), {w: median - lower for w, (lower, median, _) in quartiles.items()}
 
-        medians[width], spreads[width] = _timed(one_pass, model.device)
-    return medians, spreads
+
+def monotone(values: list[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (one, m), (other, n) = pools[-2:]
+            pools[-2:] = [((one * m + other * n) / (m + n), m + n)]
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _time_training(model: CausalModel) -> dict[str, float]:

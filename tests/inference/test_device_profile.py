@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inference import device_profile as module
-from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, profile_from_json
+from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, monotone, profile_from_json
 from inference.precision import available_precisions
 from inference.target import TargetConfig
 from tests.pipelines.tiny import write_model
@@ -67,6 +67,20 @@ def test_a_single_arithmetic_serves_all() -> None:
 )
 def test_seconds_between_measured_widths_are_linear(width: int, milliseconds: float) -> None:
     assert 1e3 * _profile({"fp32": FP32}).pass_seconds("fp32", width) == pytest.approx(milliseconds)
+
+
+@pytest.mark.parametrize(
+    ("values", "fitted"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        ([1.0, 3.0, 2.0], [1.0, 2.5, 2.5]),
+        # 4 and 1 pool to 2.5, which is less than 3: all three pool.
+        ([3.0, 4.0, 1.0, 5.0], [8 / 3, 8 / 3, 8 / 3, 5.0]),
+        ([2.0], [2.0]),
+    ],
+)
+def test_a_wider_pass_never_costs_less(values: list[float], fitted: list[float]) -> None:
+    assert monotone(values) == pytest.approx(fitted)
 
 
 def test_a_profile_survives_json() -> None:
