@@ -112,11 +112,12 @@ class FeatureDistillation:
         return self.collate(pieces)
 
     def _piece(self, sample: Sample, *, count: int, generator: torch.Generator, share: float = 0.0) -> _Piece:
-        drawn = []
-        asked = self._candidates(sample, prompts=True)[:0] if share == 0 else self._candidates(sample, prompts=True)
+        asked, written = self._candidates(sample, prompts=True), self._candidates(sample)
         number = min(round(count * share), asked.shape[0])
-        for candidates, wanted in ((self._candidates(sample), count - number), (asked, number)):
-            drawn.append(candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]])
+        drawn = [
+            candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]]
+            for candidates, wanted in ((written, count - number), (asked, number))
+        ]
         length = min(sample.tokens.shape[0], self.config.max_tokens)
         stated = sample.stated[:length]
         return _Piece(
