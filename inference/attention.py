@@ -1,11 +1,18 @@
-"""Grouped-query attention under a mask without copying keys and values, on a CPU.
+"""Our own `sdpa`: grouped-query attention without copied keys and values on a CPU, and masks that know of siblings.
 
 transformers repeats keys and values for every query head as soon as there is a mask, because GPU kernels want it so;
-torch's CPU kernel reads them where they lie and gives the same numbers. Nothing else changes.
+torch's CPU kernel reads them where they lie and gives the same numbers.
+
+A sibling stands beside a token of the chain in front of it (`inference.drafters.Proposal`). Whatever mask a family asks
+for, causal or windowed, its row is that of the token it stands beside, with itself in that token's place.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -52,10 +59,41 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU that uses `sdpa` attend through `grouped_attention`; any other stays as it is."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    """Let a model that uses `sdpa` attend through `grouped_attention`; any other stays as it is."""
+    if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
 
 
+_SLOTS: ContextVar[tuple[int, ...]] = ContextVar("slots", default=())
+
+
+@contextmanager
+def masked_siblings(slots: Sequence[int]) -> Iterator[None]:
+    """Passes inside the block end with one sibling for each of these places in the chain; see `CausalModel.logits`."""
+    token = _SLOTS.set(tuple(slots))
+    try:
+        yield
+    finally:
+        _SLOTS.reset(token)
+
+
+def sibling_mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
+    """transformers' `sdpa_mask`, with the rows of siblings put right where there are any."""
+    slots = _SLOTS.get()
+    if slots:
+        options["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **options)
+    if not slots or mask is None:
+        return mask
+    # The chain begins one after the anchor, and the cache comes before both.
+    beside = torch.tensor(slots, device=mask.device) + 1
+    first = q_length - len(slots)
+    rows = mask[:, :, beside].clone()
+    each, columns = torch.arange(len(slots), device=mask.device), kv_length - q_length
+    rows[:, :, each, columns + beside] = False
+    rows[:, :, each, columns + first + each] = True
+    return torch.cat([mask[:, :, :first], rows], dim=2)
+
+
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
+AttentionMaskInterface.register(GROUPED, sibling_mask)

@@ -56,6 +56,11 @@ class RollbackLayer(DynamicLayer):
         if self.is_initialized:
             self._expose()
 
+    def move(self, source: int, destination: int) -> None:
+        """Let one position's states stand at another: both lie in the buffers, which a rollback does not clear."""
+        for buffer in (self._key_buffer, self._value_buffer):
+            buffer[:, :, destination] = buffer[:, :, source]
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows of the batch, in the given order."""
         if self.is_initialized:
@@ -99,6 +104,11 @@ class RollbackCache(Cache):
         """Forget every position from `length` on, in all layers."""
         for layer in self.rollback_layers:
             layer.rollback(length)
+
+    def move(self, source: int, destination: int) -> None:
+        """Let the states of one position stand at another, in all layers."""
+        for layer in self.rollback_layers:
+            layer.move(source, destination)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows of the batch, in the given order, in all layers."""

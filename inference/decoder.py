@@ -49,8 +49,9 @@ class Decoded:
     Attributes:
         tokens: emitted token ids, a stop token included.
         passes: target passes after the prefill, one a round.
-        proposed: proposed[k] = rounds that verified a token at position k + 1.
+        proposed: proposed[k] = rounds that verified a token at position k + 1, siblings apart.
         accepted: accepted[k] = rounds in which that token stood.
+        siblings: siblings[k][r] = rounds in which the sibling of rank r stood in its place.
         seconds: by part, see `PARTS`.
         blocks: blocks[l] = rounds that proposed l tokens.
         cache_nbytes: bytes of the target's cache at the end, its largest.
@@ -60,6 +61,7 @@ class Decoded:
     passes: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    siblings: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     blocks: dict[int, int] = field(default_factory=dict)
     cache_nbytes: int = 0
@@ -74,8 +76,9 @@ class Decoded:
         """Wall-clock seconds, prefill included."""
         return sum(self.seconds.values())
 
-    def count(self, num_proposed: int, num_accepted: int) -> None:
+    def count(self, proposal: Proposal, verdict: Verdict) -> None:
         """Add one round. A position counts as verified only while all before it were accepted."""
+        num_proposed, num_accepted = len(proposal), verdict.num_accepted
         self.passes += 1
         self.blocks[num_proposed] = self.blocks.get(num_proposed, 0) + 1
         while len(self.proposed) < num_proposed:
@@ -84,6 +87,13 @@ class Decoded:
         for position in range(min(num_proposed, num_accepted + 1)):
             self.proposed[position] += 1
             self.accepted[position] += position < num_accepted
+        if verdict.sibling is not None:
+            rank = verdict.sibling - proposal.slots.index(num_accepted)
+            while len(self.siblings) <= num_accepted:
+                self.siblings.append([])
+            ranks = self.siblings[num_accepted]
+            ranks += [0] * (rank + 1 - len(ranks))
+            ranks[rank] += 1
 
 
 class _Clock:
@@ -156,23 +166,31 @@ def decode(
                     context.tokens, limit=limit, lookahead=lookahead, settings=request.settings, generator=generator
                 )
             with clock.part("verify"):
-                block = torch.cat([context.tokens[-1:], proposal.tokens])
-                logits = target.logits(block, cache, num_rows=len(proposal) + 1)
+                block = [context.tokens[-1:], proposal.tokens]
+                if proposal.siblings is not None:
+                    block.append(proposal.siblings)
+                width = 1 + len(proposal) + len(proposal.slots)
+                logits = target.logits(torch.cat(block), cache, num_rows=width, slots=proposal.slots)
             with clock.part("accept"):
                 verdict = judge(proposal, logits, context.tokens, settings=request.settings, generator=generator)
                 emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
-                result.count(len(proposal), verdict.num_accepted)
+                if verdict.sibling is not None:
+                    row = logits[1 + len(proposal) + verdict.sibling]
+                    emitted.append(_after_sibling(row, context.tokens, emitted, request.settings, generator))
+                result.count(proposal, verdict)
                 emitted, finished = _up_to_stop(emitted, request.stop_tokens)
                 result.tokens += emitted
                 context.append(emitted)
                 finished = finished or len(result.tokens) >= budget
             with clock.part("cache"):
                 result.cache_nbytes = cache.nbytes()
-                cache.rollback(cache.length - len(proposal) + verdict.num_accepted)
+                anchor, kept = cache.length - width, _kept(proposal, verdict)
+                if verdict.sibling is not None:
+                    cache.move(anchor + kept[-1], anchor + len(kept) - 1)
+                cache.rollback(anchor + len(kept))
                 drafter.rollback(verdict.num_accepted)
                 if reader:
-                    # The anchor and what stands of the block; the next anchor has no features yet.
-                    reader.read(features.take()[0, : 1 + verdict.num_accepted])
+                    reader.read(features.take()[0, kept])
                 lookahead.observe(len(proposal), verdict.num_accepted)
             if on_tokens is not None:
                 on_tokens(emitted)
@@ -191,16 +209,34 @@ def judge(
     """Process the target's rows as the draft's were processed, and verify.
 
     Args:
-        proposal: l proposed tokens.
-        target_logits: `[l + 1, V]`, raw.
+        proposal: l proposed tokens in a chain, w siblings.
+        target_logits: `[l + 1 + w, V]`, raw; those of siblings are not looked at.
         context: int64 `[T]`, tokens up to the anchor.
         settings: sampling settings of the request.
         generator: source of random decisions.
     """
-    processed = process_logits(target_logits, context=context, block=proposal.tokens, settings=settings)
+    chain = target_logits[: 1 + len(proposal)]
+    processed = process_logits(chain, context=context, block=proposal.tokens, settings=settings)
+    beside, slots = proposal.siblings, proposal.slots
     if settings.greedy:
-        return verify_greedy(proposal.tokens, processed)
-    return verify_sampled(proposal.tokens, proposal.probs, torch.softmax(processed, dim=-1), generator=generator)
+        return verify_greedy(proposal.tokens, processed, siblings=beside, slots=slots)
+    probs = torch.softmax(processed, dim=-1)
+    return verify_sampled(proposal.tokens, proposal.probs, probs, generator=generator, siblings=beside, slots=slots)
+
+
+def _after_sibling(
+    row: torch.Tensor, context: torch.Tensor, emitted: list[int], settings: SamplingSettings, generator: Source
+) -> int:
+    """The token the target adds after a sibling that stands, the last of `emitted`, from the sibling's own raw row."""
+    history = torch.cat([context, context.new_tensor(emitted)])
+    processed = process_logits(row[None], context=history, block=context[:0], settings=settings)[0]
+    return int(processed.argmax() if settings.greedy else generator.categorical(torch.softmax(processed, dim=-1)))
+
+
+def _kept(proposal: Proposal, verdict: Verdict) -> list[int]:
+    """Rows of the pass whose tokens stand: the anchor's and the proposed ones'; the next anchor was not fed yet."""
+    kept = list(range(1 + verdict.num_accepted))
+    return kept if verdict.sibling is None else [*kept, 1 + len(proposal) + verdict.sibling]
 
 
 def check_prompt_length(num_tokens: int, context_limit: int) -> None:

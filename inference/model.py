@@ -4,6 +4,7 @@ Knows tokens, logits and the state before the head; knows nothing of drafting. W
 loads, by its public forward alone.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from inference.attention import GROUPED, masked_siblings
 from inference.cache import RollbackCache
 from inference.errors import InputError, first_line
 from inference.features import Features, tapped
@@ -37,6 +39,7 @@ class CausalModel:
         self.vocab_size: int = text.vocab_size
         self.context_limit: int = text.max_position_embeddings
         self.head = OutputHead(model)
+        self._parameters = inspect.signature(model.forward).parameters
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -62,21 +65,41 @@ class CausalModel:
         """An empty cache."""
         return RollbackCache.for_config(self.model.config)
 
+    @property
+    def takes_siblings(self) -> bool:
+        """Whether `logits` can be asked about siblings: the attention must take our masks, the model positions."""
+        return self.model.config._attn_implementation == GROUPED and "position_ids" in self._parameters
+
     @torch.inference_mode()
-    def logits(self, tokens: torch.Tensor, cache: RollbackCache, *, num_rows: int) -> torch.Tensor:
+    def logits(
+        self, tokens: torch.Tensor, cache: RollbackCache, *, num_rows: int, slots: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Feed tokens after what the cache holds.
 
         Args:
-            tokens: int64 `[n]`.
+            tokens: int64 `[n]`: an anchor and a chain, then siblings, if there are any.
             cache: extended by n positions.
             num_rows: rows of logits wanted, counted from the end, at least 1.
+            slots: for each sibling, the place in the chain (from 0) whose token it stands in for: it gets that token's
+                position, and sees what that token sees but itself in its place. Nothing sees a sibling.
 
         Returns:
             `[num_rows, V]`, in the model's own dtype.
         """
-        output = self.model(
-            input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=num_rows, return_dict=True
-        )
+        options: dict[str, torch.Tensor] = {}
+        if slots:
+            chain = torch.arange(tokens.shape[0] - len(slots))
+            positions = torch.cat([chain, torch.tensor(slots) + 1]) + cache.length
+            options["position_ids"] = positions.to(tokens.device)[None]
+        with masked_siblings(slots):
+            output = self.model(
+                input_ids=tokens[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=num_rows,
+                return_dict=True,
+                **options,
+            )
         rows: torch.Tensor = output.logits[0]
         return rows
 

@@ -39,6 +39,7 @@ class Record:
         passes: target passes after the prefill.
         proposed: by position, rounds that verified it.
         accepted: by position, rounds in which it stood.
+        siblings: by position and rank, rounds in which a sibling stood in its place.
         blocks: by block length, rounds.
         seconds: by part (`inference.decoder.PARTS`).
         draft_bytes: weights and caches of the draft.
@@ -63,6 +64,7 @@ class Record:
     target_bytes: int
     digest: str
     mismatch: Mismatch | None = field(default=None)
+    siblings: list[list[int]] = field(default_factory=list)
 
     def to_json(self) -> str:
         """One line."""
@@ -112,6 +114,7 @@ def record_of(
         passes=decoded.passes,
         proposed=decoded.proposed,
         accepted=decoded.accepted,
+        siblings=decoded.siblings,
         blocks={str(length): rounds for length, rounds in sorted(decoded.blocks.items())},
         seconds={part: round(value, 7) for part, value in decoded.seconds.items()},
         draft_bytes=draft_bytes,

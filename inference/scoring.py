@@ -7,7 +7,7 @@ import hashlib
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from inference.records import Mismatch, Record, record_of
 from inference.sampling import SamplingSettings
 from inference.statistics import BASELINE
 
+# Later positions are seldom reached by a rejection, so that a sibling there is hardly ever worth its place.
+_SIBLING_POSITIONS = 3
 # A greedy mismatch counts as rounding when the top two logits are this close, in the units of the logits.
 NEAR_TIE = {"bf16": 0.5, "fp16": 0.1, "fp16_packed": 0.05, "fp32": 0.01, "fp32_packed": 0.01}
 
@@ -160,11 +162,12 @@ class BlockChoice:
     """The block length chosen for one draft.
 
     Attributes:
-        tokens: proposed tokens a round.
+        tokens: proposed tokens a round, in the chain.
         conditional: acceptance by position seen on the validation prompts, smoothed.
         draft_seconds: seconds to propose one token.
         expected: expected speedup by block length, from 1.
         block_seconds: seconds a round besides, whatever its length: what a block drafter spends in one pass.
+        siblings: tokens offered beside the one at each position.
     """
 
     tokens: int
@@ -172,6 +175,13 @@ class BlockChoice:
     draft_seconds: float
     expected: list[float]
     block_seconds: float = 0.0
+    siblings: list[int] = field(default_factory=list)
+
+    @property
+    def shape(self) -> str:
+        """For people: the tokens of the chain, and the siblings beside its positions where there are any."""
+        beside = ",".join(str(count) for count in self.siblings) if any(self.siblings) else ""
+        return f"{self.tokens}+({beside})" if beside else str(self.tokens)
 
 
 def choose_block(
@@ -179,24 +189,28 @@ def choose_block(
     prompts: list[ScorePrompt],
     *,
     longest: int,
+    siblings: int = 0,
     settings: list[SamplingSettings],
     max_new_tokens: int,
     stop_tokens: frozenset[int],
     pass_seconds: Callable[[int], float],
     seed: int,
 ) -> BlockChoice:
-    """Decode validation prompts with the longest block and take the length with the best expected tokens per second.
+    """Decode validation prompts with the longest block and take what has the best expected tokens per second.
 
     A round that proposed n tokens would have proposed m = min(n, l) of them with a block of l. Its expected tokens are
     1 + sum_{k<=m} r_k a_k, where r_k is the share of rounds that came to position k and a_k the conditional acceptance
     there, smoothed towards its neighbour by one pseudo-count; its cost is t_block + m * t_draft + t_verify(1 + m), and
-    t_verify(1) where it proposed nothing. The two drafting costs come from a second pass over the prompts with blocks
-    of one token; both are timed at the first setting only, so that like is compared with like.
+    t_verify(1) where it proposed nothing. A sibling adds the share of rounds in which it stood to the tokens, and one
+    token to the pass; for every length siblings are added in the order of their shares. The two drafting costs come
+    from a second pass over the prompts with blocks of one token; both are timed at the first setting only, so that like
+    is compared with like.
 
     Args:
         arm: its lookahead is not used.
         prompts: validation prompts, never held-out ones.
         longest: longest block considered.
+        siblings: most siblings considered beside one token, at the first few positions.
         settings: decoded under each of these.
         max_new_tokens: per request.
         stop_tokens: end an answer.
@@ -204,18 +218,24 @@ def choose_block(
         seed: of the run.
     """
     accepted, proposed = [0.0] * longest, [0.0] * longest
+    offered = (siblings if arm.target.takes_siblings else 0,) * min(longest, _SIBLING_POSITIONS)
+    beside = [[0.0] * count for count in offered]
     long, short, blocks = _Drafting(), _Drafting(), Counter[int]()
     for prompt in prompts:
         for setting in settings:
-            result = _drafted(arm, prompt, longest, setting, max_new_tokens, stop_tokens, seed)
+            lookahead = FixedLookahead(longest, siblings=offered)
+            result = _drafted(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
             blocks.update(result.blocks)
             for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
                 accepted[k] += a
                 proposed[k] += p
+            for k, ranks in enumerate(result.siblings):
+                for rank, stood in enumerate(ranks):
+                    beside[k][rank] += stood
             if setting is settings[0]:
                 long.add(result)
                 if longest > 1:
-                    short.add(_drafted(arm, prompt, 1, setting, max_new_tokens, stop_tokens, seed))
+                    short.add(_drafted(arm, prompt, FixedLookahead(1), setting, max_new_tokens, stop_tokens, seed))
     # A drafter may be unable to propose that much; what it never proposed is not considered.
     longest = max(blocks, default=0) or longest
     block_seconds, token_seconds = long.costs(short)
@@ -226,6 +246,7 @@ def choose_block(
         block_seconds=block_seconds,
         pass_seconds=pass_seconds,
         blocks=blocks,
+        beside=beside,
     )
 
 
@@ -277,19 +298,19 @@ class _Drafting:
 def _drafted(
     arm: Arm,
     prompt: ScorePrompt,
-    block: int,
+    lookahead: Lookahead,
     settings: SamplingSettings,
     max_new_tokens: int,
     stop_tokens: frozenset[int],
     seed: int,
 ) -> Decoded:
-    """One validation prompt under a fixed block length."""
+    """One validation prompt under a policy."""
     return decode(
         arm.target,
         arm.drafter,
         prompt.tokens,
         request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens),
-        lookahead=FixedLookahead(block),
+        lookahead=lookahead,
         generator=TorchSource.seeded(
             request_seed(seed, prompt.id, settings.temperature, arm.name, "block"), device=arm.target.device
         ),
@@ -304,6 +325,7 @@ def best_block(
     pass_seconds: Callable[[int], float],
     block_seconds: float = 0.0,
     blocks: Mapping[int, int] | None = None,
+    beside: Sequence[Sequence[float]] = (),
 ) -> BlockChoice:
     """The arithmetic of `choose_block`, from counts by position, seconds per proposed token and per round.
 
@@ -314,6 +336,7 @@ def best_block(
         pass_seconds: seconds of a target pass of a given width.
         block_seconds: seconds a round that proposes, besides.
         blocks: rounds by tokens proposed; None for rounds that all proposed as many as they might.
+        beside: rounds in which a sibling stood, by position and rank; those that were offered.
     """
     rounds = sum(blocks.values()) if blocks else 0
     counted = {len(accepted): 1} if blocks is None or not rounds else blocks
@@ -323,15 +346,29 @@ def best_block(
     for a, p in zip(accepted, proposed, strict=True):
         neighbour = (a + neighbour) / (p + 1.0)
         conditional.append(neighbour)
+    ranked = sorted(((-stood, slot) for slot, ranks in enumerate(beside) for stood in ranks if stood > 0))
     expected: list[float] = []
+    chosen: list[list[int]] = []
     survival, tokens = 1.0, 1.0
     for length, chance in enumerate(conditional, start=1):
         survival = chance * (proposed[length - 1] / rounds if rounds else survival)
         tokens += survival
-        cost = sum(
-            count * ((block_seconds + min(n, length) * draft_seconds if n else 0.0) + pass_seconds(1 + min(n, length)))
-            for n, count in counted.items()
-        )
-        expected.append(tokens * pass_seconds(1) * total / cost)
-    best = max(range(len(expected)), key=lambda i: expected[i])
-    return BlockChoice(best + 1, conditional, draft_seconds, expected, block_seconds)
+        gains = [(-stood / total, slot) for stood, slot in ranked if slot < length]
+        options: list[tuple[float, list[int]]] = []
+        for number in range(len(gains) + 1):
+            siblings = [sum(slot == own for _, own in gains[:number]) for slot in range(length)]
+            cost = sum(
+                count
+                * (
+                    (block_seconds + min(n, length) * draft_seconds if n else 0.0)
+                    + pass_seconds(1 + min(n, length) + sum(siblings[:n]))
+                )
+                for n, count in counted.items()
+            )
+            written = tokens + sum(gain for gain, _ in gains[:number])
+            options.append((written * pass_seconds(1) * total / cost, siblings))
+        best = max(options, key=lambda option: option[0])
+        expected.append(best[0])
+        chosen.append(best[1])
+    index = max(range(len(expected)), key=lambda i: expected[i])
+    return BlockChoice(index + 1, conditional, draft_seconds, expected, block_seconds, chosen[index])

@@ -55,11 +55,11 @@ class Scorecard:
         requests: prompts times temperatures behind the figures.
         tokens: tokens emitted.
         tau: emitted tokens per target pass, bonus included.
-        tau_draft: accepted draft tokens per target pass, bonus not included.
-        alpha: accepted / proposed tokens; proposed counts tokens verified after an unbroken prefix.
+        tau_draft: accepted draft tokens, siblings included, per target pass, bonus not included.
+        alpha: accepted / proposed tokens of the chains; proposed counts tokens verified after an unbroken prefix.
         conditional: by position, accepted / verified given that all earlier positions were accepted.
         survival: by position, accepted / rounds that proposed anything (prefix survival, as vLLM reports it).
-        mean_acceptance_length: 1 + accepted / rounds that proposed anything (vLLM's and llama.cpp's definition).
+        mean_acceptance_length: 1 + accepted, siblings included, / rounds that proposed anything (as vLLM).
         mean_block: proposed tokens per round.
         tokens_per_s: emitted tokens per second, prefill included.
         speedup: tokens_per_s over that of target-only decoding on the same prompts in the same run.
@@ -195,6 +195,7 @@ def _scorecard(
     base_emitted = boot.sums(base, lambda r: r.emitted)
     base_seconds = boot.sums(base, lambda r: r.total_seconds)
     accepted, proposed = boot.sums(mine, lambda r: sum(r.accepted)), boot.sums(mine, lambda r: sum(r.proposed))
+    stood = accepted + boot.sums(mine, lambda r: sum(sum(ranks) for ranks in r.siblings))
     drafts = boot.sums(mine, lambda r: sum(n for length, n in r.blocks.items() if length != "0"))
     tau = _ratio(emitted, passes)
     speed = _ratio(emitted, seconds)
@@ -213,11 +214,11 @@ def _scorecard(
         requests=len(mine),
         tokens=int(emitted[0]),
         tau=boot.estimate(tau),
-        tau_draft=boot.estimate(_ratio(accepted, passes)),
+        tau_draft=boot.estimate(_ratio(stood, passes)),
         alpha=boot.estimate(_ratio(accepted, proposed)) if proposed[0] else None,
         conditional=[boot.estimate(_ratio(a, p)) for a, p in zip(accepted_at, proposed_at, strict=True)],
         survival=[boot.estimate(_ratio(a, drafts)) for a in accepted_at],
-        mean_acceptance_length=boot.estimate(1.0 + _ratio(accepted, drafts)) if drafts[0] else None,
+        mean_acceptance_length=boot.estimate(1.0 + _ratio(stood, drafts)) if drafts[0] else None,
         mean_block=sum(int(length) * n for r in mine for length, n in r.blocks.items()) / float(passes[0]),
         tokens_per_s=boot.estimate(speed),
         speedup=boot.estimate(speedup),

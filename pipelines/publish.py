@@ -181,7 +181,8 @@ def _pair_info(
     data = read_json(lineage.score.path / SCORECARD_FILE)
     winner, draft = decision.winner, folder / "draft"
     target_path = cfg.target.path if not Path(cfg.target.path).is_dir() else str(Path(cfg.target.path).resolve())
-    lookahead = {**plain(asdict(cfg.lookahead)), "tokens": data["blocks"].get(winner, 0)}
+    block = data["blocks"].get(winner, {"tokens": 0, "siblings": []})
+    lookahead = {**plain(asdict(cfg.lookahead)), **block}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": cfg.publish.name,

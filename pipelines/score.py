@@ -317,7 +317,7 @@ def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, price_pe
         "seed": seed,
         "price_per_hour": price_per_hour,
         "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
-        "blocks": {name: choice.tokens for name, choice in plan.blocks.items()},
+        "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")

@@ -84,7 +84,7 @@ def make_score_plan(
     screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
     plan = ScorePlan(blocks, [p.id for p in chosen], screen_at)
     write_json(path, asdict(plan))
-    lengths = ", ".join(f"{name} {choice.tokens}" for name, choice in blocks.items())
+    lengths = ", ".join(f"{name} {choice.shape}" for name, choice in blocks.items())
     logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
     return plan
 
@@ -110,6 +110,7 @@ def _choose_blocks(
                 arm,
                 validation,
                 longest=cfg.lookahead.tokens or cfg.lookahead.longest_auto,
+                siblings=0 if cfg.lookahead.tokens else cfg.lookahead.siblings_auto,
                 settings=settings,
                 max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
                 stop_tokens=stops,
@@ -117,7 +118,8 @@ def _choose_blocks(
                 seed=cfg.seed,
             )
             if cfg.lookahead.tokens:
-                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens)
+                siblings = list(cfg.lookahead.siblings) if arm.target.takes_siblings else []
+                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens, siblings=siblings)
             blocks[name] = choice
         timed = with_lookahead(context, arm, blocks.get(name))
         records = score_prompt(
@@ -134,5 +136,7 @@ def _choose_blocks(
 
 def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None) -> Arm:
     """The arm with the policy it is scored under."""
-    lookahead: Lookahead = FixedLookahead(0) if choice is None else context.cfg.lookahead.build(choice.tokens)
+    lookahead: Lookahead = FixedLookahead(0)
+    if choice is not None:
+        lookahead = context.cfg.lookahead.build(choice.tokens, choice.siblings)
     return Arm(arm.name, arm.target, arm.drafter, lookahead)

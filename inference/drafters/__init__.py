@@ -5,6 +5,7 @@ folder. `load_drafter` looks the kind up among the modules of this package; a do
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,18 +24,33 @@ DRAFT_FILE = "draft.json"
 
 @dataclass(frozen=True)
 class Proposal:
-    """Tokens proposed after the anchor.
+    """Tokens proposed after the anchor: a chain, and beside some of its tokens siblings that may stand in their place.
+
+    A sibling is a leaf: the round ends after it, with the token that the target adds.
 
     Attributes:
-        tokens: int64 `[l]`, l may be 0.
+        tokens: int64 `[l]`, the chain; l may be 0.
         probs: `[l, V]`, the very rows the tokens were sampled from; None when each token was certain (point mass).
+        siblings: int64 `[w]`, position by position; those of one position in the order in which they were drawn from
+            its row, without replacement, after the chain's own token. None for no siblings.
+        slots: for each sibling the place in the chain, from 0, whose token it may replace; ascending.
     """
 
     tokens: torch.Tensor
     probs: torch.Tensor | None = None
+    siblings: torch.Tensor | None = None
+    slots: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, rows: Sequence[torch.Tensor], siblings: Sequence[torch.Tensor]) -> "Proposal":
+        """Put together what was drawn position by position: the rows, none if greedy, and each position's siblings."""
+        slots = tuple(slot for slot, drawn in enumerate(siblings) for _ in range(drawn.shape[0]))
+        return cls(
+            tokens, torch.stack(list(rows)) if rows else None, torch.cat(list(siblings)) if slots else None, slots
+        )
 
 
 class Drafter(Protocol):

@@ -1,10 +1,30 @@
 """One token of a block for drafters that compute rows of logits: the policy is asked first, then the row is sampled."""
 
+from dataclasses import dataclass
+
 import torch
 
 from inference.lookahead import Lookahead, Visible
 from inference.randomness import Source
 from inference.sampling import SamplingSettings, process_logits
+from inference.verification import without
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for one position.
+
+    Attributes:
+        token: int64 `[]`.
+        row: `[V]`, the distribution it was sampled from; None when greedy.
+        siblings: int64 `[s]`, further tokens of the row, without replacement.
+        confidences: of the positions before and of this one, if they are needed.
+    """
+
+    token: torch.Tensor
+    row: torch.Tensor | None
+    siblings: torch.Tensor
+    confidences: tuple[float, ...]
 
 
 def draw_token(
@@ -17,8 +37,8 @@ def draw_token(
     lookahead: Lookahead,
     so_far: tuple[float, ...],
     confidence: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[float, ...]]:
-    """Ask the policy, then draw one token from its row.
+) -> Drawn | None:
+    """Ask the policy, then draw one token from its row, and as many siblings as the policy wants beside it.
 
     Args:
         logits: `[1, V]`, raw.
@@ -31,8 +51,7 @@ def draw_token(
         confidence: chance that this token survives, a scalar; None takes the largest probability of the row.
 
     Returns:
-        the token, int64 `[]`, or None when the policy ends the block; the row `[V]` it was sampled from, None when
-        greedy; and the confidences, this position's included if they are needed.
+        None when the policy ends the block.
     """
     history = torch.cat([context, tokens])
     row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
@@ -40,8 +59,21 @@ def draw_token(
     if lookahead.needs_confidence and probs is not None:
         so_far = (*so_far, float(probs.max() if confidence is None else confidence))
         if not lookahead.keeps(Visible(tokens.shape[0] + 1, so_far)):
-            return None, None, so_far
+            return None
+    beside = lookahead.siblings[tokens.shape[0]] if tokens.shape[0] < len(lookahead.siblings) else 0
     if settings.greedy:
-        return row.argmax(), None, so_far
+        if not beside:
+            return Drawn(row.argmax(), None, tokens[:0], so_far)
+        best = row.topk(min(1 + beside, row.shape[0]))
+        ranked = best.indices[best.values > -torch.inf]
+        return Drawn(ranked[0], None, ranked[1:], so_far)
     assert probs is not None, "sampling needs the distribution"
-    return generator.categorical(probs), probs, so_far
+    token = generator.categorical(probs)
+    siblings, rest, last = [tokens[:0]], probs, token
+    for _ in range(beside):
+        rest = without(rest, last)
+        if not bool(rest.any()):
+            break
+        last = generator.categorical(rest)
+        siblings.append(last[None])
+    return Drawn(token, probs, torch.cat(siblings), so_far)

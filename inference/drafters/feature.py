@@ -54,6 +54,7 @@ class FeatureDrafter:
         self._catch_up(context)
         block = self.network.begin_block(context[-1], self._cache)
         rows: list[torch.Tensor] = []
+        siblings: list[torch.Tensor] = []
         confidences: tuple[float, ...] = ()
         previous = context[-1]
         while tokens.shape[0] < limit:
@@ -61,7 +62,7 @@ class FeatureDrafter:
             if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
                 break
             step = self.network.step(block, position - 1, previous, confidence=lookahead.needs_confidence)
-            token, row, confidences = draw_token(
+            drawn = draw_token(
                 self._over_the_vocabulary(step.logits)[None],
                 context,
                 tokens,
@@ -71,12 +72,14 @@ class FeatureDrafter:
                 so_far=confidences,
                 confidence=step.confidence,
             )
-            if token is None:
+            if drawn is None:
                 break
-            previous, tokens = token, torch.cat([tokens, token[None]])
-            if row is not None:
-                rows.append(row)
-        return Proposal(tokens, torch.stack(rows) if rows else None)
+            previous, confidences = drawn.token, drawn.confidences
+            tokens = torch.cat([tokens, previous[None]])
+            siblings.append(drawn.siblings)
+            if drawn.row is not None:
+                rows.append(drawn.row)
+        return Proposal.of(tokens, rows, siblings)
 
     def rollback(self, num_accepted: int) -> None:
         """Nothing to take back: a block is never written into the context."""

@@ -35,8 +35,8 @@ class LookupSettings:
 class LookupDrafter:
     """Keeps an index from n-gram to the position after its latest occurrence, extended as tokens are verified.
 
-    The confidence of a match of length n is the share of proposed tokens that stood in this request's earlier rounds
-    with the same n (Laplace-smoothed): known before any token of the block is looked at.
+    The confidence of a match of length n is the share of tokens that came as matches of the same n said, earlier in
+    this request and whoever proposed (Laplace-smoothed): known before any token of the block is looked at.
     """
 
     kind = "lookup"
@@ -51,7 +51,7 @@ class LookupDrafter:
         self._after: dict[tuple[int, ...], int] = {}
         self._stood = {n: 0 for n in self._lengths}
         self._tried = {n: 0 for n in self._lengths}
-        self._last: tuple[int, int] | None = None
+        self._last: tuple[int, int] | None = None  # length of the latest match, and the position after it
 
     def begin(self, prompt: torch.Tensor) -> None:
         """See `Drafter.begin`."""
@@ -62,12 +62,10 @@ class LookupDrafter:
         self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
     ) -> Proposal:
         """See `Drafter.propose`; tokens are point masses."""
-        self._extend(context[len(self._tokens) :].tolist())
-        self._last = None
-        found = self._match()
-        if found is None:
+        self._last = self._matched(context)
+        if self._last is None:
             return Proposal(context[:0])
-        length, start = found
+        length, start = self._last
         chance = self._chance(length)
         kept = 0
         while kept < min(limit, len(self._tokens) - start):
@@ -75,25 +73,32 @@ class LookupDrafter:
             if not lookahead.keeps(Visible(kept + 1, confidences)):
                 break
             kept += 1
-        self._last = (length, kept)
         return Proposal(context[start : start + kept])
 
     def chance(self, context: torch.Tensor) -> float:
         """Confidence of what `propose` would propose now; 0 where nothing matches."""
-        self._extend(context[len(self._tokens) :].tolist())
-        found = self._match()
-        return self._chance(found[0]) if found else 0.0
+        self._last = self._matched(context)
+        return self._chance(self._last[0]) if self._last else 0.0
 
     def rollback(self, num_accepted: int) -> None:
-        """Learn how well matches of the last length do; nothing is cached beyond verified tokens."""
-        if self._last is not None:
-            length, proposed = self._last
-            self._stood[length] += num_accepted
-            self._tried[length] += min(proposed, num_accepted + 1)
+        """Nothing is cached beyond verified tokens, and they say all there is to learn."""
 
     def nbytes(self) -> int:
         """See `Drafter.nbytes`; the index is a few bytes a token and counted as nothing."""
         return 0
+
+    def _matched(self, context: torch.Tensor) -> tuple[int, int] | None:
+        """Read what was verified since the last time, learn from it, and match anew."""
+        new = context[len(self._tokens) :].tolist()
+        if self._last is not None and new:
+            length, start = self._last
+            for said, came in zip(self._tokens[start:], new, strict=False):
+                self._tried[length] += 1
+                if said != came:
+                    break
+                self._stood[length] += 1
+        self._extend(new)
+        return self._match()
 
     def _extend(self, tokens: list[int]) -> None:
         """Append verified tokens; index every n-gram that now has a token after it."""

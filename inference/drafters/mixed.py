@@ -19,9 +19,10 @@ INNER_FOLDER = "draft"
 
 
 class MixedDrafter:
-    """Proposes from the latest match as long as matches of its length have stood at least as often as the draft.
+    """Proposes from the latest match where matches of its length come true more often than the draft's tokens stand.
 
-    How often: the share of proposed tokens that stood in earlier rounds of this request, Laplace-smoothed, for both.
+    How often: within this request and Laplace-smoothed, for both. Matches are watched in every round, so they earn
+    their turn without costing one; the draft is known by its own rounds.
 
     A match that stands is likely to go on and costs nothing, so it may fill a long block; the draft's own blocks may be
     kept shorter.
@@ -40,7 +41,8 @@ class MixedDrafter:
 
     def _clear(self) -> None:
         self._stood = self._tried = 0
-        self._proposed: int | None = None  # tokens of a block of the draft's; None for a match
+        # Tokens of the latest block and of the context before it, where the draft proposed; else None.
+        self._proposed: tuple[int, int] | None = None
 
     def begin(self, prompt: torch.Tensor) -> None:
         """See `Drafter.begin`."""
@@ -52,23 +54,25 @@ class MixedDrafter:
         self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
     ) -> Proposal:
         """See `Drafter.propose`."""
+        if self._proposed is not None:
+            # A sibling that stands counts, which `rollback` is not told of.
+            tokens, before = self._proposed
+            stood = context.shape[0] - before - 1
+            self._stood += stood
+            self._tried += max(stood, min(tokens, stood + 1))
         chosen: Drafter = self.draft
-        if self.lookup.chance(context) >= (self._stood + 1) / (self._tried + 2):
+        if self.lookup.chance(context) > (self._stood + 1) / (self._tried + 2):
             chosen = self.lookup
         elif self.draft_tokens:
             limit = min(limit, self.draft_tokens)
         proposal = chosen.propose(context, limit=limit, lookahead=lookahead, settings=settings, generator=generator)
-        self._proposed = None if chosen is self.lookup else len(proposal)
+        self._proposed = None if chosen is self.lookup else (len(proposal), context.shape[0])
         return proposal
 
     def rollback(self, num_accepted: int) -> None:
-        """Tell whichever proposed; the other has nothing to forget."""
-        if self._proposed is None:
-            self.lookup.rollback(num_accepted)
-        else:
+        """Tell the draft if it proposed; look-up has nothing to forget."""
+        if self._proposed is not None:
             self.draft.rollback(num_accepted)
-            self._stood += num_accepted
-            self._tried += min(self._proposed, num_accepted + 1)
 
     def nbytes(self) -> int:
         """See `Drafter.nbytes`."""

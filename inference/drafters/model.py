@@ -41,22 +41,24 @@ class ModelDrafter:
         pending = context[self._valid :]
         tokens = context[:0]
         rows: list[torch.Tensor] = []
+        siblings: list[torch.Tensor] = []
         confidences: tuple[float, ...] = ()
         while tokens.shape[0] < limit:
             position = tokens.shape[0] + 1
             if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
                 break
             logits = self.model.logits(pending, self._cache, num_rows=1)
-            token, row, confidences = draw_token(
+            drawn = draw_token(
                 logits, context, tokens, settings=settings, generator=generator, lookahead=lookahead, so_far=confidences
             )
-            if token is None:
+            if drawn is None:
                 break
-            tokens = torch.cat([tokens, token[None]])
+            tokens, confidences = torch.cat([tokens, drawn.token[None]]), drawn.confidences
             pending = tokens[-1:]
-            if row is not None:
-                rows.append(row)
-        return Proposal(tokens, torch.stack(rows) if rows else None)
+            siblings.append(drawn.siblings)
+            if drawn.row is not None:
+                rows.append(drawn.row)
+        return Proposal.of(tokens, rows, siblings)
 
     def rollback(self, num_accepted: int) -> None:
         """Drop rejected tokens from the draft's cache; the last proposed token was never fed to it."""

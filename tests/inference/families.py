@@ -42,6 +42,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     # Learned positions: a pass beyond the context fails instead of going on.
     "gpt2": {},
+    # No positions at all.
+    "bloom": {},
 }
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "phi")
 

@@ -54,8 +54,20 @@ class TokenCache:
     def rollback(self, length: int) -> None:
         del self.tokens[length:]
 
+    def move(self, source: int, destination: int) -> None:
+        self.tokens[destination] = self.tokens[source]
+
     def nbytes(self) -> int:
         return 0
+
+
+def prefixes(cache: TokenCache, tokens: torch.Tensor, slots: Sequence[int]) -> list[tuple[int, ...]]:
+    """What each token of a pass stands at the end of, siblings after the chain; the cache takes them all."""
+    held, fed = tuple(cache.tokens), tuple(tokens.tolist())
+    cache.tokens += fed
+    chain = len(fed) - len(slots)
+    found = [held + fed[: i + 1] for i in range(chain)]
+    return found + [held + fed[: 1 + slot] + (sibling,) for slot, sibling in zip(slots, fed[chain:], strict=True)]
 
 
 class MemoModel(CausalModel):
@@ -71,14 +83,13 @@ class MemoModel(CausalModel):
     def new_cache(self) -> TokenCache:  # type: ignore[override]
         return TokenCache()
 
-    def logits(self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int) -> torch.Tensor:  # type: ignore[override]
-        rows = []
-        self.latest = []
-        for token in tokens.tolist():
-            cache.tokens.append(token)
-            self.latest.append(tuple(cache.tokens))
-            rows.append(self.row(self.latest[-1]))
-        return torch.stack(rows[-num_rows:])
+    takes_siblings = True
+
+    def logits(  # type: ignore[override]
+        self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int, slots: Sequence[int] = ()
+    ) -> torch.Tensor:
+        self.latest = prefixes(cache, tokens, slots)
+        return torch.stack([self.row(prefix) for prefix in self.latest[-num_rows:]])
 
     @contextmanager
     def tapped(self, taps: Sequence[int]) -> Iterator["MemoModel._Features"]:  # type: ignore[override]

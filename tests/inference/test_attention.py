@@ -51,3 +51,41 @@ def test_a_loaded_model_uses_it_and_its_configuration_does_not_say_so(tmp_path: 
         model = load_causal_model(tmp_path, precision="fp32", device=torch.device("cpu"), attention=attention)
         assert model.model.config._attn_implementation == used
         assert GROUPED not in model.model.config.to_json_string()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "phi", "gpt2"])
+def test_siblings_see_what_the_token_beside_them_sees(name: str) -> None:
+    model = family_model(name)
+    model.model.set_attn_implementation("sdpa")
+    use_grouped_attention(model.model)
+    assert model.takes_siblings
+    # Long enough that the windows of those families that have them leave tokens out.
+    context, chain, siblings, slots = TOKENS[:11], TOKENS[11:15], TOKENS[15:19], (0, 0, 1, 2)
+    cache = model.new_cache()
+    model.logits(context[:-1], cache, num_rows=1)
+    block = torch.cat([context[-1:], chain[:3], siblings])
+    rows = model.logits(block, cache, num_rows=8, slots=slots)
+
+    def whole(*parts: torch.Tensor) -> torch.Tensor:
+        return model.logits(torch.cat(parts), model.new_cache(), num_rows=1)[0]
+
+    expected = [whole(context, chain[:k]) for k in range(4)]
+    expected += [whole(context, chain[:slot], siblings[i : i + 1]) for i, slot in enumerate(slots)]
+    torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-9, atol=1e-9)
+    # The third sibling stands after one token of the chain: its states move there, and decoding goes on.
+    cache.move(len(context) + 3 + 2, len(context) + 1)
+    cache.rollback(len(context) + 2)
+    following = model.logits(chain[3:], cache, num_rows=1)[0]
+    torch.testing.assert_close(following, whole(context, chain[:1], siblings[2:3], chain[3:]), rtol=1e-9, atol=1e-9)
+
+
+def test_only_a_model_with_our_masks_is_asked_about_siblings() -> None:
+    model = family_model("llama")
+    for implementation, takes in (("eager", False), ("sdpa", False), (GROUPED, True)):
+        model.model.set_attn_implementation(implementation)
+        assert model.takes_siblings is takes
+    # Positions are this family's own affair.
+    bloom = family_model("bloom")
+    bloom.model.set_attn_implementation(GROUPED)
+    assert not bloom.takes_siblings

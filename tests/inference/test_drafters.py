@@ -106,14 +106,23 @@ def test_lookup_confidence_follows_what_became_of_earlier_matches() -> None:
 
     # Nothing known: (0 + 1) / (0 + 2).
     assert (kept(0.5), kept(0.51)) == (1, 0)
-    _propose(drafter, context, limit=4)
-    drafter.rollback(4)
-    # Four of four stood: 5 / 6.
+    # The match says 2 3 4 5 6 1; four of them come, and the match that follows says 6 first: 5 / 6.
+    context = [*context, 2, 3, 4, 5]
     assert (kept(0.83), kept(0.84)) == (1, 0)
-    _propose(drafter, context, limit=4)
-    drafter.rollback(1)
-    # One more stood and the second was refused, the rest never judged: (5 + 1) / (6 + 2).
+    # That one says 6 1 2 3 4 5: the first comes, the second does not, the rest is not judged: (5 + 1) / (6 + 2).
+    context = [*context, 6, 5]
     assert (kept(0.75), kept(0.76)) == (1, 0)
+
+
+def test_lookup_learns_from_rounds_that_others_proposed() -> None:
+    drafter = _lookup([1, 2, 3, 1], longest=1)
+    assert drafter.chance(torch.tensor([1, 2, 3, 1])) == 0.5
+    # The match said 2 3 1: two of two tokens came true, and one more of the next match, which said 3 1 2.
+    assert drafter.chance(torch.tensor([1, 2, 3, 1, 2, 3])) == 3 / 4
+    assert drafter.chance(torch.tensor([1, 2, 3, 1, 2, 3, 1])) == 4 / 5
+    assert drafter.chance(torch.tensor([1, 2, 3, 1, 2, 3, 1, 7])) == 0.0
+    drafter.begin(torch.tensor([1, 2, 1]))
+    assert drafter.chance(torch.tensor([1, 2, 1])) == 0.5
 
 
 def test_lookup_confidence_shrinks_along_the_block() -> None:
@@ -127,11 +136,13 @@ def test_lookup_keeps_confidence_apart_by_length_of_match() -> None:
     context = [1, 2] * 10
     drafter = _lookup(context, longest=2)
     _propose(drafter, context, limit=4)
-    drafter.rollback(0)
-    # The match of two failed once: 1 / 3. A match of one token is untried: 1 / 2.
     policy = ConfidenceLookahead(8, threshold=0.45)
+    # The match of two fails: 1 / 3. A match of one token is untried: 1 / 2.
+    context = [*context, 7, 2]
+    assert len(_propose(drafter, context, limit=1, lookahead=policy)) == 1
+    # It is right, and the match of two that follows has its own record.
+    context = [*context, 1]
     assert len(_propose(drafter, context, limit=1, lookahead=policy)) == 0
-    assert len(_propose(drafter, [*context, 7, 2], limit=1, lookahead=policy)) == 1
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(2, 3), (1, 0), (0, 0)])
@@ -266,34 +277,48 @@ def _mixed(draft: Drafter, context: list[int]) -> MixedDrafter:
     return drafter
 
 
-def test_mixed_takes_a_match_first_and_the_draft_where_there_is_none() -> None:
-    draft = _Fixed(8, 8)
-    assert _propose(_mixed(draft, [1, 2, 3, 1, 2]), [1, 2, 3, 1, 2]).tokens.tolist() == [3, 1, 2]
-    assert _propose(_mixed(draft, [1, 2, 3, 4]), [1, 2, 3, 4]).tokens.tolist() == [8, 8]
+def test_mixed_goes_by_who_is_right_more_often_in_this_request() -> None:
+    draft, context = _Fixed(8, 8), [1, 2, 3, 1, 2]
+    drafter = _mixed(draft, context)
+    # Nothing is known of either: the draft goes first and is wrong, the match would have been right.
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+    drafter.rollback(0)
+    context = [*context, 3]
+    # 2/3 against the draft's 1/3.
+    assert _propose(drafter, context).tokens.tolist() == [1, 2, 3]
+    drafter.rollback(3)
+    assert draft.told == [0]
+    context = [*context, 1, 2, 3, 9]
+    # Nothing matches, and the draft is right.
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+    drafter.rollback(2)
+    context = [*context, 8, 8, 1]
+    # A match of one token is untried: 1/2 against 3/5.
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+    assert draft.told == [0, 2]
+    # The next request begins anew.
+    drafter.begin(torch.tensor(context))
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
     assert draft.begun == 2
 
 
-def test_mixed_goes_by_who_was_right_more_often_in_this_request() -> None:
+def test_mixed_counts_a_sibling_that_stands_for_the_draft() -> None:
     draft, context = _Fixed(8, 8), [1, 2, 3, 1, 2]
     drafter = _mixed(draft, context)
-    # The match fails: 1 of 3 against the draft's 1 of 2.
-    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
-    drafter.rollback(0)
-    assert draft.told == []
     assert _propose(drafter, context).tokens.tolist() == [8, 8]
-    # The draft fails too, which makes them equal, and a match is free.
+    # Nothing of the chain stands, but the round emitted two tokens: a sibling did. Both matches are wrong.
     drafter.rollback(0)
-    assert draft.told == [0]
-    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
+    context = [*context, 9, 2]
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
     drafter.rollback(0)
-    # Two tokens that stand leave the draft ahead for good.
-    for _ in range(3):
-        assert _propose(drafter, context).tokens.tolist() == [8, 8]
-        drafter.rollback(2)
-    assert draft.told == [0, 2, 2, 2]
-    # The next request begins anew.
-    drafter.begin(torch.tensor(context))
-    assert _propose(drafter, context).tokens.tolist() == [3, 1, 2]
+    # 2 of 4 against a match of one token that has been right in none of its rounds.
+    context = [*context, 3]
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+
+
+def test_mixed_takes_the_draft_where_nothing_matches() -> None:
+    draft = _Fixed(8, 8)
+    assert _propose(_mixed(draft, [1, 2, 3, 4]), [1, 2, 3, 4]).tokens.tolist() == [8, 8]
 
 
 def test_mixed_may_keep_the_drafts_own_blocks_short() -> None:
@@ -303,9 +328,12 @@ def test_mixed_may_keep_the_drafts_own_blocks_short() -> None:
 
     lookup = LookupDrafter(LookupSettings(longest=2, shortest=1))
     drafter = mixed_drafter(lookup, Limited(8, 8, 8), draft_tokens=2)
-    for context, tokens in (([1, 2, 3, 4], [8, 8]), ([1, 2, 3, 1, 2], [3, 1, 2])):
-        drafter.begin(torch.tensor(context))
-        assert _propose(drafter, context).tokens.tolist() == tokens
+    context = [1, 2, 3, 1, 2]
+    drafter.begin(torch.tensor(context))
+    assert _propose(drafter, context).tokens.tolist() == [8, 8]
+    drafter.rollback(0)
+    # The match was right, the draft was not.
+    assert _propose(drafter, [*context, 3]).tokens.tolist() == [1, 2, 3]
     drafter.begin(torch.tensor([1, 2, 3, 4]))
     assert _propose(drafter, [1, 2, 3, 4], limit=1).tokens.tolist() == [8]
 

@@ -1,5 +1,6 @@
 """Losslessness, exactly: over a tiny vocabulary the decoder's output law equals the target's, and mutants' does not."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from inference import decoder, verification
+from inference.attention import use_grouped_attention
 from inference.cache import RollbackCache
 from inference.drafters import Drafter, Proposal
 from inference.drafters.feature import FeatureDrafter
@@ -44,6 +46,7 @@ SETTINGS = {
 POLICIES: dict[str, Callable[[], Lookahead]] = {
     "fixed": lambda: FixedLookahead(2),
     "confidence": lambda: ConfidenceLookahead(2, threshold=0.5),
+    "siblings": lambda: FixedLookahead(2, siblings=(1, 2)),
 }
 
 
@@ -104,6 +107,12 @@ FEATURE_CONFIGS: dict[str, FeatureDraftConfig] = {
 }
 
 
+def _taking_siblings(model: CausalModel) -> CausalModel:
+    use_grouped_attention(model.model)
+    assert model.takes_siblings
+    return model
+
+
 def _feature_drafter(kind: str, *, reduced: bool = False) -> FeatureDrafter:
     """An untrained network whose proposals depend on everything it reads, and far from uniform."""
     target = tiny_model(0)
@@ -121,6 +130,9 @@ def _feature_drafter(kind: str, *, reduced: bool = False) -> FeatureDrafter:
     [
         *((False, "fixed", settings) for settings in SETTINGS),
         *((True, "confidence", settings) for settings in SETTINGS),
+        *((False, "siblings", settings) for settings in SETTINGS),
+        # Two words to propose from: the second sibling of a position does not exist.
+        (True, "siblings", "T=1"),
     ],
 )
 @pytest.mark.parametrize("kind", FEATURE_CONFIGS)
@@ -132,17 +144,19 @@ def test_output_law_of_feature_drafts_equals_the_targets(kind: str, reduced: boo
     assert sum(law.values()) == pytest.approx(1.0, abs=EXACT)
 
 
+@pytest.mark.parametrize("policy", ["fixed", "siblings"])
 @pytest.mark.parametrize("kind", FEATURE_CONFIGS)
-def test_law_of_feature_drafts_holds_with_real_caches_and_hooks(kind: str) -> None:
-    target, settings = tiny_model(0), SETTINGS["T=1"]
-    law = speculative_law(target, _feature_drafter(kind), POLICIES["fixed"], settings)
+def test_law_of_feature_drafts_holds_with_real_caches_and_hooks(kind: str, policy: str) -> None:
+    target, settings = _taking_siblings(tiny_model(0)), SETTINGS["T=1"]
+    law = speculative_law(target, _feature_drafter(kind), POLICIES[policy], settings)
     assert distance(law, target_law(MemoModel(tiny_model(0)), settings)) < 1e-6
 
 
+@pytest.mark.parametrize("policy", ["fixed", "siblings"])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", ["dspark", "eagle3"])
 def test_law_of_feature_drafts_behind_look_up_equals_the_targets(
-    kind: str, settings: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, settings: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, drafter = MemoModel(tiny_model(0)), _mixed(_feature_drafter(kind))
     assert isinstance(drafter, MixedFeatureDrafter)
@@ -155,9 +169,11 @@ def test_law_of_feature_drafts_behind_look_up_equals_the_targets(
             return proposal
 
         monkeypatch.setattr(owner, "propose", counted)
-    law = speculative_law(target, drafter, POLICIES["fixed"], SETTINGS[settings])
+    law = speculative_law(target, drafter, POLICIES[policy], SETTINGS[settings])
     assert distance(law, target_law(target, SETTINGS[settings])) < EXACT
-    assert all(proposed.values()), "both have their turns"
+    assert proposed[FeatureDrafter]
+    # Where two of three words have mass, a token and a sibling leave look-up no turn.
+    assert proposed[LookupDrafter] or (policy == "siblings" and "top" in settings)
 
 
 class _Watched(FeatureDrafter):
@@ -192,18 +208,34 @@ class _Watched(FeatureDrafter):
         return proposal
 
 
+@pytest.mark.parametrize("siblings", [(), (1, 0)])
 @pytest.mark.parametrize("kind", FEATURE_CONFIGS)
-def test_what_a_feature_draft_proposes_after_a_prefix_does_not_depend_on_how_it_got_there(kind: str) -> None:
+def test_what_a_feature_draft_proposes_after_a_prefix_does_not_depend_on_how_it_got_there(
+    kind: str, siblings: tuple[int, ...]
+) -> None:
     """Every way of accepting and rejecting leads to the same context."""
     most = 0
     # Two tokens to choose from keep the walk short. These targets lead every kind to some prefix in two ways: its
     # second token comes after an accepted one or after a rejection.
     for seed in (1, 3):
         watched = _Watched(_feature_drafter(kind))
-        law = speculative_law(MemoModel(tiny_model(seed)), watched, POLICIES["fixed"], SETTINGS["T=1 top-k"], length=4)
+        policy = functools.partial(FixedLookahead, 2, siblings=siblings)
+        law = speculative_law(MemoModel(tiny_model(seed)), watched, policy, SETTINGS["T=1 top-k"], length=4)
         assert len(law) == 16
         most = max(most, *(len(ways) for ways in watched.ways.values()))
-    assert most == 2
+    # With siblings, the features come in the same pieces whether the second token of a round is the first's or the
+    # target's own; the mutant below shows that they are told apart.
+    assert siblings or most == 2
+
+
+def test_mutant_features_of_the_rejected_token_in_place_of_the_siblings_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = decoder._kept
+    monkeypatch.setattr(decoder, "_kept", lambda *args: list(range(len(kept(*args)))))
+    watched, policy = _Watched(_feature_drafter("eagle3")), functools.partial(FixedLookahead, 2, siblings=(1, 0))
+    with pytest.raises(AssertionError):
+        speculative_law(MemoModel(tiny_model(1)), watched, policy, SETTINGS["T=1"], length=4)
 
 
 def test_mutant_context_of_the_last_request_left_in_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,22 +281,23 @@ def test_law_holds_with_stop_tokens_inside_a_block(target: MemoModel, drafters: 
     assert any(len(output) < 3 for output in law)
 
 
+@pytest.mark.parametrize("policy", ["fixed", "siblings"])
 @pytest.mark.parametrize("kind", ["pruned", "pretrained"])
-def test_law_holds_with_real_caches(kind: str) -> None:
+def test_law_holds_with_real_caches(kind: str, policy: str) -> None:
     # The same walk through transformers' forward and our rollback cache, on both sides, in fp64. Passes of different
     # widths round differently in the last bits, which is all that may be seen.
     drafter_model = tiny_model(7, layers=1) if kind == "pretrained" else tiny_model(0)
     if kind == "pruned":
         keep_layers(drafter_model.model, [0])
     settings = SETTINGS["T=1"]
-    target = tiny_model(0)
-    law = speculative_law(target, ModelDrafter(drafter_model), POLICIES["fixed"], settings)
+    target = _taking_siblings(tiny_model(0))
+    law = speculative_law(target, ModelDrafter(drafter_model), POLICIES[policy], settings)
     assert distance(law, target_law(MemoModel(target), settings)) < 1e-6
 
 
-def _mutant_law_error(target: MemoModel, drafter: Drafter) -> float:
+def _mutant_law_error(target: MemoModel, drafter: Drafter, policy: str = "fixed") -> float:
     settings = SETTINGS["T=1"]
-    return distance(speculative_law(target, drafter, POLICIES["fixed"], settings), target_law(target, settings))
+    return distance(speculative_law(target, drafter, POLICIES[policy], settings), target_law(target, settings))
 
 
 @pytest.fixture
@@ -389,3 +422,72 @@ def test_policy_may_look_at_earlier_tokens_of_the_block(target: MemoModel, other
     law = speculative_law(target, other, lambda: Peeking(2), settings)
     # Looking at earlier tokens of the block is allowed (x_1 is known before x_2 is sampled), so the law still holds.
     assert distance(law, target_law(target, settings)) < EXACT
+
+
+def _other_target_pass_for_siblings(self: MemoModel, tokens: torch.Tensor, cache: TokenCache, **options: Any) -> Any:
+    """A pass in which a sibling sees the token it stands beside, as it would without a mask of its own."""
+    rows = MemoModel.logits(self, tokens, cache, **options)
+    held, slots = cache.tokens[: len(cache.tokens) - len(tokens)], options.get("slots", ())
+    for index, slot in enumerate(slots):
+        place = len(tokens) - len(slots) + index
+        seen = (*held, *tokens[: slot + 2].tolist(), int(tokens[place]))
+        rows[place] = self.row(seen)
+    return rows
+
+
+SIBLING_MUTANTS: dict[str, Callable[[pytest.MonkeyPatch, MemoModel], None]] = {
+    "siblings tested against the whole row": lambda patch, _: patch.setattr(
+        verification, "without", lambda row, token: row
+    ),
+    "every sibling stands": lambda patch, _: patch.setattr(
+        verification,
+        "acceptance_ratios",
+        lambda tokens, q, p, own=verification.acceptance_ratios: own(tokens, q, p) ** (p.shape[0] > 1),
+    ),
+    "siblings tested against the target's own row": lambda patch, _: patch.setattr(
+        verification, "residual_probs", lambda p, q, token: p
+    ),
+    "the state of the rejected token stays in place of the sibling's": lambda patch, _: patch.setattr(
+        TokenCache, "move", lambda self, source, destination: None
+    ),
+    "the next token from the row of the rejected one": lambda patch, _: patch.setattr(
+        decoder,
+        "_after_sibling",
+        lambda row, context, *rest, own=decoder._after_sibling: own(row.flip(0), context, *rest),
+    ),
+    "a sibling sees the token beside it": lambda patch, target: patch.setattr(
+        target, "logits", functools.partial(_other_target_pass_for_siblings, target)
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", SIBLING_MUTANTS)
+def test_mutants_of_siblings_fail(
+    target: MemoModel, other: ModelDrafter, mutant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _mutant_law_error(target, other, "siblings") < EXACT
+    SIBLING_MUTANTS[mutant](monkeypatch, target)
+    assert _mutant_law_error(target, other, "siblings") > VISIBLE
+
+
+def test_mutant_real_states_of_a_sibling_left_behind_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RollbackCache, "move", lambda self, source, destination: None)
+    target, settings = _taking_siblings(tiny_model(0)), SETTINGS["T=1"]
+    law = speculative_law(target, ModelDrafter(tiny_model(7, layers=1)), POLICIES["siblings"], settings)
+    assert distance(law, target_law(MemoModel(tiny_model(0)), settings)) > VISIBLE
+
+
+def test_a_policy_that_chooses_siblings_by_what_it_drew_is_a_mutant_that_fails(
+    target: MemoModel, other: ModelDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propose = ModelDrafter.propose
+
+    def regretting(self: ModelDrafter, *args: object, **kwargs: object) -> Proposal:
+        proposal = propose(self, *args, **kwargs)  # type: ignore[arg-type]
+        if len(proposal) and proposal.siblings is not None and int(proposal.siblings[0]) == 0:
+            # Offered only unless it is token 0.
+            return Proposal(proposal.tokens, proposal.probs)
+        return proposal
+
+    monkeypatch.setattr(ModelDrafter, "propose", regretting)
+    assert _mutant_law_error(target, other, "siblings") > VISIBLE

@@ -1,6 +1,7 @@
 """Losslessness on the real target, greedy: fp32 output token for token, with a draft of every kind."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from distill.drafts.quantized import Config as QuantizedConfig
 from inference.cache import RollbackCache
 from inference.decoder import Decoded, Request, decode
 from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, load_drafter
+from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
@@ -102,14 +104,16 @@ class AlternatingReader(Alternating):
         self.reader.read(features)
 
 
-def _greedy(drafter: Drafter, prompt: torch.Tensor, *, block: int, tokens: int = TOKENS) -> Decoded:
+def _greedy(
+    drafter: Drafter, prompt: torch.Tensor, *, block: int, tokens: int = TOKENS, siblings: tuple[int, ...] = ()
+) -> Decoded:
     target = fp32_target()
     return decode(
         target,
         drafter,
         prompt,
         request=Request(settings=SamplingSettings(), max_new_tokens=tokens, stop_tokens=stop_tokens(target)),
-        lookahead=FixedLookahead(block),
+        lookahead=FixedLookahead(block, siblings=siblings),
         generator=TorchSource.seeded(0),
     )
 
@@ -180,4 +184,47 @@ def test_mutant_cache_not_rolled_back_changes_greedy_output(
     rollback = RollbackCache.rollback
     monkeypatch.setattr(RollbackCache, "rollback", lambda self, n: rollback(self, n) if n == 0 else None)
     result = _greedy(real_drafter(kind, shared), prompts("chat")[0], block=2, tokens=MUTANT_TOKENS)
+    assert result.tokens != greedy_reference("chat", shared)[0][:MUTANT_TOKENS]
+
+
+def _second_best(self: ModelDrafter, context: torch.Tensor, **options: Any) -> Proposal:
+    """The draft's proposal with chain and first sibling exchanged at every place: what stands is the sibling."""
+    proposal = _propose(self, context, **options)
+    if proposal.siblings is None:
+        return proposal
+    tokens, siblings = proposal.tokens.clone(), proposal.siblings.clone()
+    first = proposal.slots.index(len(proposal) - 1)
+    tokens[-1], siblings[first] = siblings[first].clone(), tokens[-1].clone()
+    return Proposal(tokens, None, siblings, proposal.slots)
+
+
+_propose = ModelDrafter.propose
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_greedy_output_stays_where_siblings_stand(domain: str, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The target's own weights as the draft, the last token of each chain made a sibling: most rounds end in one.
+    monkeypatch.setattr(ModelDrafter, "propose", _second_best)
+    stood = 0
+    for prompt, expected in zip(prompts(domain)[:3], greedy_reference(domain, shared), strict=False):
+        result = _greedy(real_drafter("pretrained", shared), prompt, block=3, siblings=(0, 1, 2))
+        assert result.tokens == expected
+        stood += sum(sum(ranks) for ranks in result.siblings)
+    assert stood > 30
+
+
+def test_greedy_output_of_a_feature_draft_stays_where_siblings_are_offered(shared: Path) -> None:
+    for kind in ("eagle3", "mixed"):
+        result = _greedy(real_drafter(kind, shared), prompts("code")[0], block=2, siblings=(3, 2), tokens=48)
+        assert result.tokens == greedy_reference("code", shared)[0][:48]
+
+
+def test_mutant_states_of_a_sibling_left_behind_change_greedy_output(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelDrafter, "propose", _second_best)
+    monkeypatch.setattr(RollbackCache, "move", lambda self, source, destination: None)
+    result = _greedy(
+        real_drafter("pretrained", shared), prompts("chat")[0], block=3, siblings=(0, 1, 2), tokens=MUTANT_TOKENS
+    )
     assert result.tokens != greedy_reference("chat", shared)[0][:MUTANT_TOKENS]

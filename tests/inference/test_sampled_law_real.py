@@ -38,7 +38,9 @@ MUTANT_SAMPLES = 1_000  # the mutant's p-value is then about 1e-20
 SAMPLED = SamplingSettings(temperature=1.0, top_k=4)
 LENGTH = 3
 DRAFTS = ("lookup", "pruned", "quantized", *FEATURE_CONFIGS, "mixed")
-# Over all drafts. Each is held to the level that Holm's procedure asks of the smallest p-value (Bonferroni's): stricter
+WITH_SIBLINGS = ("pruned", "eagle3", "mixed")
+TESTS = len(DRAFTS) + len(WITH_SIBLINGS)
+# Over all tests. Each is held to the level that Holm's procedure asks of the smallest p-value (Bonferroni's): stricter
 # for the others, and the drafts may be tested apart.
 SIGNIFICANCE = 1e-4
 # An untrained draft is hardly ever accepted, and then its own law is not tested. So what it proposes leans to the
@@ -63,11 +65,13 @@ class RememberedPasses(CausalModel):
     def new_cache(self) -> TokenCache:  # type: ignore[override]
         return TokenCache()
 
-    def logits(self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int) -> torch.Tensor:  # type: ignore[override]
+    def logits(  # type: ignore[override]
+        self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int, slots: Sequence[int] = ()
+    ) -> torch.Tensor:
         cache.tokens += tokens.tolist()
-        key = (num_rows, tokens.shape[0], *cache.tokens)
+        key = (num_rows, tokens.shape[0], len(slots), *slots, *cache.tokens)
         if key not in self.known:
-            self.known[key] = self._compute(cache.tokens, num_rows, tokens.shape[0])
+            self.known[key] = self._compute(cache.tokens, num_rows, tokens.shape[0], slots)
         rows, self.latest = self.known[key]
         return rows
 
@@ -81,13 +85,16 @@ class RememberedPasses(CausalModel):
     def tapped(self, taps: Sequence[int]) -> Iterator["_Features"]:  # type: ignore[override]
         yield _Features(self, [self.taps.index(tap) for tap in taps])
 
-    def _compute(self, tokens: list[int], num_rows: int, num_fed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _compute(
+        self, tokens: list[int], num_rows: int, num_fed: int, slots: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shared = next((i for i, (a, b) in enumerate(zip(self.held, tokens, strict=False)) if a != b), len(self.held))
         shared = min(shared, len(tokens) - num_fed)
         self.real.rollback(shared)
-        self.held = list(tokens)
+        # Siblings and what was beside them lie at positions of their own; nothing of them is used again.
+        self.held = tokens[: len(tokens) - len(slots)]
         with self.inner.tapped(self.taps) as features:
-            rows = self.inner.logits(torch.tensor(tokens[shared:]), self.real, num_rows=num_rows).clone()
+            rows = self.inner.logits(torch.tensor(tokens[shared:]), self.real, num_rows=num_rows, slots=slots).clone()
             taken = features.take()[0, -num_fed:].clone() if self.taps else None
         return rows, taken
 
@@ -115,9 +122,11 @@ class LeaningModel(RememberedPasses):
         super().__init__(inner)
         self.target = target
 
-    def _compute(self, tokens: list[int], num_rows: int, num_fed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _compute(
+        self, tokens: list[int], num_rows: int, num_fed: int, slots: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert num_rows == 1, "a draft asks for one row at a time"
-        rows, _ = super()._compute(tokens, num_rows, num_fed)
+        rows, _ = super()._compute(tokens, num_rows, num_fed, slots)
         return OWN_SHARE * rows + TARGET_SHARE * self.target.row(tuple(tokens)), None
 
 
@@ -244,34 +253,52 @@ def _leaning(drafter: Drafter) -> Drafter:
     return drafter
 
 
-def _sampled(drafter: Drafter, *, samples: int = SAMPLES) -> tuple[Counter[tuple[int, ...]], float]:
-    """How often each output came, and the share of verified tokens that stood."""
+def _sampled(
+    drafter: Drafter, *, samples: int = SAMPLES, siblings: Sequence[int] = ()
+) -> tuple[Counter[tuple[int, ...]], float, int]:
+    """How often each output came, the share of verified tokens that stood, and how many siblings did."""
     request = Request(settings=SAMPLED, max_new_tokens=LENGTH)
     counts: Counter[tuple[int, ...]] = Counter()
-    accepted = proposed = 0
+    accepted = proposed = beside = 0
     for seed in range(samples):
         result = decode(
             _target(),
             drafter,
             _prompt(),
             request=request,
-            lookahead=FixedLookahead(2),
+            lookahead=FixedLookahead(2, siblings=siblings),
             generator=TorchSource.seeded(seed),
         )
         counts[tuple(result.tokens)] += 1
         accepted, proposed = accepted + sum(result.accepted), proposed + sum(result.proposed)
-    return counts, accepted / max(proposed, 1)
+        beside += sum(sum(ranks) for ranks in result.siblings)
+    return counts, accepted / max(proposed, 1), beside
 
 
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_first_three_sampled_tokens_follow_the_targets_law(kind: str, shared: Path) -> None:
-    counts, stood = _sampled(_candidate(kind, shared))
-    assert _chi_squared(counts, _target_law()) > SIGNIFICANCE / len(DRAFTS)
+    counts, stood, _ = _sampled(_candidate(kind, shared))
+    assert _chi_squared(counts, _target_law()) > SIGNIFICANCE / TESTS
     # What look-up finds in the prompt is its own affair.
     assert kind == "lookup" or 0.1 < stood < 0.9
 
 
+@pytest.mark.parametrize("kind", WITH_SIBLINGS)
+def test_so_do_they_where_siblings_are_offered(kind: str, shared: Path) -> None:
+    counts, _, beside = _sampled(_candidate(kind, shared), siblings=(2, 1))
+    assert _chi_squared(counts, _target_law()) > SIGNIFICANCE / TESTS
+    assert beside > SAMPLES / 50
+
+
 def test_mutant_residual_is_caught_by_the_sampled_law(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "residual_probs", lambda p, q, token: p)
-    counts, _ = _sampled(_candidate("dflash", shared), samples=MUTANT_SAMPLES)
-    assert _chi_squared(counts, _target_law()) < SIGNIFICANCE / len(DRAFTS)
+    counts, _, _ = _sampled(_candidate("dflash", shared), samples=MUTANT_SAMPLES)
+    assert _chi_squared(counts, _target_law()) < SIGNIFICANCE / TESTS
+
+
+def test_mutant_siblings_that_always_stand_are_caught(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = verification.acceptance_ratios
+    # A sibling is judged by one row; a block of two has three.
+    monkeypatch.setattr(verification, "acceptance_ratios", lambda x, q, p: ratios(x, q, p) ** (p.shape[0] > 1))
+    counts, _, _ = _sampled(_candidate("eagle3", shared), samples=MUTANT_SAMPLES, siblings=(2, 1))
+    assert _chi_squared(counts, _target_law()) < SIGNIFICANCE / TESTS

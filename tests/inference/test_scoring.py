@@ -1,6 +1,7 @@
 """Arms on one prompt: order, records, explained differences; and the arithmetic that chooses a block length."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,29 @@ def test_best_block_counts_rounds_that_proposed_less_or_nothing() -> None:
     one, two = 1 + 0.6 * first, 1 + 0.6 * first + 0.2 * second
     costs = [0.4 * 1.0 + 0.6 * (0.2 + 0.1 + 1.1), 0.4 * 1.0 + 0.2 * (0.2 + 0.1 + 1.1) + 0.4 * (0.2 + 0.2 + 1.2)]
     assert choice.expected == pytest.approx([one / costs[0], two / costs[1]])
+
+
+def test_best_block_takes_siblings_that_are_worth_their_place() -> None:
+    # 100 rounds of one token: 40 stood, in 20 others the first sibling did, in 5 the second.
+    shares: dict[str, Any] = {"blocks": {1: 100}, "beside": [[20, 5]]}
+    flat = best_block([40], [100], 0.1, pass_seconds=lambda w: 1.0, **shares)
+    assert (flat.siblings, flat.shape) == ([2], "1+(2)")
+    share = (40 + 0.5) / 101
+    assert flat.expected == pytest.approx([(1 + share + 0.25) / 1.1])
+    # 0.1 a token: the first adds 0.2 tokens to 1.4 in 1.2, the second 0.05 to 1.6 in 1.3.
+    rising = best_block([40], [100], 0.1, pass_seconds=lambda w: 0.9 + 0.1 * w, **shares)
+    assert rising.siblings == [1]
+    assert rising.expected == pytest.approx([(1 + share + 0.2) / 1.3])
+    steep = best_block([40], [100], 0.1, pass_seconds=lambda w: 0.5 + 0.5 * w, **shares)
+    assert (steep.siblings, steep.shape) == ([0], "1")
+
+
+def test_best_block_offers_siblings_only_beside_its_own_tokens() -> None:
+    # The second token hardly ever stands, but a sibling beside it would: a chain of one cannot have it.
+    choice = best_block(
+        [50, 0], [100, 50], 0.2, pass_seconds=lambda w: 1.0 + 0.02 * w, blocks={2: 100}, beside=[[0], [4]]
+    )
+    assert (choice.tokens, choice.siblings) == (1, [0])
 
 
 def test_best_block_is_longer_where_a_round_costs_the_same_whatever_its_length() -> None:

@@ -260,7 +260,7 @@ def published(finished: Finished, arm: str, tmp_path: Path) -> Path:
         "files": {p.name: sha256_file(p) for p in sorted((folder / "draft").iterdir())},
     }
     blocks = read(folder / "scorecard.json")["blocks"]
-    pair["decoding"]["lookahead"]["tokens"] = blocks.get(arm, 0) if arm != BASELINE else 0
+    pair["decoding"]["lookahead"] |= blocks[arm] if arm != BASELINE else {"tokens": 0, "siblings": []}
     (folder / "pair.json").write_text(json.dumps(pair))
     rows = [r for r in records(folder) if r["arm"] == arm][:4]
     check = read(folder / "checks.json")[0]
