@@ -180,7 +180,7 @@ class BlockChoice:
     @property
     def shape(self) -> str:
         """For people: the tokens of the chain, and the siblings beside its positions where there are any."""
-        beside = ",".join(str(count) for count in self.siblings) if any(self.siblings) else ""
+        beside = ",".join(str(count) for count in self.siblings)
         return f"{self.tokens}+({beside})" if beside else str(self.tokens)
 
 
@@ -371,4 +371,7 @@ def best_block(
         expected.append(best[0])
         chosen.append(best[1])
     index = max(range(len(expected)), key=lambda i: expected[i])
-    return BlockChoice(index + 1, conditional, draft_seconds, expected, block_seconds, chosen[index])
+    siblings = chosen[index]
+    while siblings and not siblings[-1]:
+        siblings.pop()
+    return BlockChoice(index + 1, conditional, draft_seconds, expected, block_seconds, siblings)

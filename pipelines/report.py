@@ -48,7 +48,10 @@ def scorecard_markdown(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]
     positions = max((len(card.conditional) for card in cards), default=0)
     overall = [card for card in cards if card.domain == OVERALL]
     text.append("\n## Conditional acceptance by position (all domains)\n\n")
-    text.append("Of the chain's own tokens; a block of 2+(1,0) offers one more token beside its first.\n\n")
+    text.append(
+        "Of the chain's own tokens; a block of 2+(3,1) offers three more tokens beside its first and one beside its "
+        "second.\n\n"
+    )
     text.append(
         markdown_table(
             ["draft", "T", "block", *(str(k + 1) for k in range(positions))],

@@ -296,9 +296,8 @@ def test_mutant_residual_is_caught_by_the_sampled_law(shared: Path, monkeypatch:
     assert _chi_squared(counts, _target_law()) < SIGNIFICANCE / TESTS
 
 
-def test_mutant_siblings_that_always_stand_are_caught(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios = verification.acceptance_ratios
-    # A sibling is judged by one row; a block of two has three.
-    monkeypatch.setattr(verification, "acceptance_ratios", lambda x, q, p: ratios(x, q, p) ** (p.shape[0] > 1))
-    counts, _, _ = _sampled(_candidate("eagle3", shared), samples=MUTANT_SAMPLES, siblings=(2, 1))
+def test_mutant_residual_is_caught_where_siblings_are_tried(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "residual_probs", lambda p, q, token: p)
+    counts, _, beside = _sampled(_candidate("eagle3", shared), samples=MUTANT_SAMPLES, siblings=(2, 1))
     assert _chi_squared(counts, _target_law()) < SIGNIFICANCE / TESTS
+    assert beside
