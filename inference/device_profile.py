@@ -6,6 +6,7 @@ generation the one fastest at wide passes.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ _TRAIN_ROWS = 128
 _SECONDS = 1.0
 _PASS_SECONDS = 8.0
 # Whatever changes what is measured, or how, makes profiles measured before it worthless.
-_METHOD = 2
+_METHOD = 3
 
 
 @dataclass(frozen=True)
@@ -170,20 +171,23 @@ def _versions() -> dict[str, str]:
 
 
 def _time_passes(model: CausalModel) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds and spread per width, after a context of 128 tokens or half of what the model holds.
+    """Seconds and spread per width, after a context of 128 tokens and more, or half of what the model holds.
 
-    All widths take turns, so that a machine that is busy for a while is busy for all of them; then a monotone fit.
+    All widths take turns, so that a machine that is busy for a while is busy for all of them; then a monotone fit. The
+    context grows by a token a pass, as in decoding: kernels that are made anew for every length must not be timed as if
+    they were not.
     """
     context = min(_CONTEXT_TOKENS, model.context_limit // 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (context + max(WIDTHS),), generator=generator).to(model.device)
+    lengths = itertools.cycle(range(context, max(context + 1, min(2 * context, model.context_limit - max(WIDTHS)))))
     cache = model.new_cache()
     model.logits(tokens[:context], cache, num_rows=1)
     seconds: dict[int, list[float]] = {width: [] for width in WIDTHS}
     rounds, spent = 0, 0.0
     while rounds < 4 or (rounds <= _ROUNDS and spent < _PASS_SECONDS):
         for width in WIDTHS:
-            cache.rollback(context)
+            cache.rollback(next(lengths))
             start = time.perf_counter()
             model.logits(tokens[context : context + width], cache, num_rows=width)
             if model.device.type == "cuda":

@@ -171,6 +171,7 @@ def interval_free(rows: Sequence[dict[str, Any]], arm: str) -> dict[str, float |
     base = [r for r in rows if r["arm"] == "none"]
     emitted, passes = sum(r["emitted"] for r in mine), sum(r["passes"] for r in mine)
     accepted, proposed = (sum(sum(r[key]) for r in mine) for key in ("accepted", "proposed"))
+    beside = sum(sum(sum(ranks) for ranks in r["siblings"]) for r in mine)
     seconds = sum(sum(r["seconds"].values()) for r in mine)
     base_speed = sum(r["emitted"] for r in base) / sum(sum(r["seconds"].values()) for r in base)
     # expected speedup: tau * t_target(1) / (t_draft + t_verify + t_other), all but the prefill
@@ -178,7 +179,7 @@ def interval_free(rows: Sequence[dict[str, Any]], arm: str) -> dict[str, float |
     t_round = (seconds - sum(r["seconds"]["prefill"] for r in mine)) / passes
     return {
         "tau": emitted / passes,
-        "tau_draft": accepted / passes,
+        "tau_draft": (accepted + beside) / passes,
         "alpha": accepted / proposed if proposed else None,
         "tokens_per_s": emitted / seconds,
         "speedup": emitted / seconds / base_speed,
