@@ -14,9 +14,9 @@ class Mismatch:
 
     Attributes:
         position: index of the first differing token.
-        margin: distance between the target's two largest logits there.
-        near_tie: whether both tokens are the target's top two there and the margin is within the tolerance of the
-            arithmetic, so that rounding explains it.
+        margin: how far the less likely of the two tokens lies under the target's best logit there.
+        near_tie: whether neither answer had ended there and the margin is within the tolerance of the arithmetic, so
+            that rounding explains it.
     """
 
     position: int

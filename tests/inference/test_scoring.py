@@ -115,22 +115,32 @@ class _Flat(MemoModel):
 
 
 @pytest.mark.parametrize(
-    ("margin", "tokens", "near"),
+    ("margin", "tokens", "near", "distance"),
     [
         # fp32 explains a hundredth: both tokens on top, close.
-        (0.005, [1, 2], True),
-        (0.05, [1, 2], False),
+        (0.005, [1, 2], True, 0.005),
+        (0.05, [1, 2], False, 0.05),
         # Close on top, but one of the two tokens is not there.
-        (0.005, [1, 0], False),
+        (0.005, [1, 0], False, 14.0),
     ],
 )
-def test_a_difference_is_a_near_tie_only_between_the_two_tokens_on_top(
-    margin: float, tokens: list[int], near: bool
+def test_a_difference_is_a_near_tie_only_between_tokens_on_top(
+    margin: float, tokens: list[int], near: bool, distance: float
 ) -> None:
     mismatch = explain_mismatch(_Flat(margin), torch.tensor([0]), tokens, [1, 1], reference_precision="fp32")
     assert mismatch is not None
     assert (mismatch.position, mismatch.near_tie) == (1, near)
-    assert mismatch.margin == pytest.approx(margin, abs=1e-6)
+    assert mismatch.margin == pytest.approx(distance, abs=1e-6)
+
+
+@pytest.mark.parametrize(("second", "near"), [(4.995, True), (4.9, False)])
+def test_three_tokens_may_be_near(second: float, near: bool) -> None:
+    class Three(MemoModel):
+        def row(self, prefix: tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor([5.0, 4.998, second], dtype=torch.float64)
+
+    mismatch = explain_mismatch(Three(tiny_model(0)), torch.tensor([0]), [2], [1], reference_precision="fp32")
+    assert mismatch is not None and mismatch.near_tie is near
 
 
 @pytest.mark.parametrize(("reference", "near"), [("fp32", False), ("bf16", True)])
