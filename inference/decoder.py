@@ -190,7 +190,8 @@ def decode(
                 cache.rollback(anchor + len(kept))
                 drafter.rollback(verdict.num_accepted)
                 if reader:
-                    reader.read(features.take()[0, kept])
+                    taken = features.take()[0]
+                    reader.read(taken[: len(kept)] if verdict.sibling is None else taken[kept])
                 lookahead.observe(len(proposal), verdict.num_accepted)
             if on_tokens is not None:
                 on_tokens(emitted)

@@ -85,9 +85,18 @@ class CausalModel:
 
         Returns:
             `[num_rows, V]`, in the model's own dtype.
+
+        Raises:
+            InputError: siblings, of a model that cannot be asked about them.
         """
         options: dict[str, torch.Tensor] = {}
         if slots:
+            if not self.takes_siblings:
+                raise InputError(
+                    "this target cannot be asked about siblings",
+                    where="lookahead.siblings",
+                    mend="use target.attention=sdpa, or no siblings",
+                )
             chain = torch.arange(tokens.shape[0] - len(slots))
             positions = torch.cat([chain, torch.tensor(slots) + 1]) + cache.length
             options["position_ids"] = positions.to(tokens.device)[None]

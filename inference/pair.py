@@ -226,16 +226,11 @@ def load_pair(
         precision = available_precisions(torch_device)[0]
     model = load_causal_model(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
     drafter = load_drafter(LoadContext(folder / "draft", target_folder, model, precision, torch_device))
-    lookahead = load_lookahead(decoding["lookahead"], siblings=model.takes_siblings)
-    return Pair(info, model, drafter, lookahead)
+    return Pair(info, model, drafter, load_lookahead(decoding["lookahead"]))
 
 
-def load_lookahead(settings: dict[str, Any], *, siblings: bool = True) -> Lookahead:
+def load_lookahead(settings: dict[str, Any]) -> Lookahead:
     """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed.
-
-    Args:
-        settings: of the pair.
-        siblings: whether the target can be asked about them.
 
     Raises:
         InputError: unknown kind, or settings that it does not take.
@@ -245,7 +240,7 @@ def load_lookahead(settings: dict[str, Any], *, siblings: bool = True) -> Lookah
             return FixedLookahead(0)
         module = plugin("inference.lookahead", settings["kind"])
         config = module.Config(**settings)
-        lookahead: Lookahead = config.build(config.tokens, config.siblings if siblings else ())
+        lookahead: Lookahead = config.build(config.tokens, config.siblings)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"lookahead settings are off: {error}", where=PAIR_FILE, mend="publish the pair again"

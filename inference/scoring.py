@@ -345,27 +345,26 @@ def best_block(
     for a, p in zip(accepted, proposed, strict=True):
         neighbour = (a + neighbour) / (p + 1.0)
         conditional.append(neighbour)
-    ranked = sorted(((-stood, slot) for slot, ranks in enumerate(beside) for stood in ranks if stood > 0))
+    shares = [(stood / total, slot) for slot, ranks in enumerate(beside) for stood in ranks if stood > 0]
+    shares.sort(key=lambda share: (-share[0], share[1]))
+
+    def seconds(length: int, siblings: list[int]) -> float:
+        drafting = {n: block_seconds + min(n, length) * draft_seconds if n else 0.0 for n in counted}
+        widths = {n: 1 + min(n, length) + sum(siblings[:n]) for n in counted}
+        return sum(count * (drafting[n] + pass_seconds(widths[n])) for n, count in counted.items()) / total
+
     expected: list[float] = []
     chosen: list[list[int]] = []
     survival, tokens = 1.0, 1.0
     for length, chance in enumerate(conditional, start=1):
         survival = chance * (proposed[length - 1] / rounds if rounds else survival)
         tokens += survival
-        gains = [(-stood / total, slot) for stood, slot in ranked if slot < length]
+        within = [share for share in shares if share[1] < length]
         options: list[tuple[float, list[int]]] = []
-        for number in range(len(gains) + 1):
-            siblings = [sum(slot == own for _, own in gains[:number]) for slot in range(length)]
-            cost = sum(
-                count
-                * (
-                    (block_seconds + min(n, length) * draft_seconds if n else 0.0)
-                    + pass_seconds(1 + min(n, length) + sum(siblings[:n]))
-                )
-                for n, count in counted.items()
-            )
-            written = tokens + sum(gain for gain, _ in gains[:number])
-            options.append((written * pass_seconds(1) * total / cost, siblings))
+        for number in range(len(within) + 1):
+            siblings = [sum(slot == own for _, own in within[:number]) for slot in range(length)]
+            written = tokens + sum(share for share, _ in within[:number])
+            options.append((written * pass_seconds(1) / seconds(length, siblings), siblings))
         best = max(options, key=lambda option: option[0])
         expected.append(best[0])
         chosen.append(best[1])

@@ -48,10 +48,12 @@ def verify_greedy(
     choices = target_logits.argmax(dim=-1)
     agreed = (draft_tokens == choices[:-1]).long().cumprod(0)
     num_accepted = int(agreed.sum())
-    for index, token in _beside(num_accepted, siblings, slots):
-        if bool(token == choices[num_accepted]):
-            return Verdict(num_accepted, token, index)
-    return Verdict(num_accepted, choices[num_accepted])
+    sibling = None
+    if siblings is not None and num_accepted in slots:
+        # Tokens of one row are all different: one of them at most is the choice.
+        right = (siblings == choices[num_accepted]).tolist()
+        sibling = next((i for i, own in enumerate(slots) if own == num_accepted and right[i]), None)
+    return Verdict(num_accepted, choices[num_accepted], sibling)
 
 
 def verify_sampled(

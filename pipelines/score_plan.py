@@ -118,8 +118,7 @@ def _choose_blocks(
                 seed=cfg.seed,
             )
             if cfg.lookahead.tokens:
-                siblings = list(cfg.lookahead.siblings) if arm.target.takes_siblings else []
-                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens, siblings=siblings)
+                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens, siblings=list(cfg.lookahead.siblings))
             blocks[name] = choice
         timed = with_lookahead(context, arm, blocks.get(name))
         records = score_prompt(

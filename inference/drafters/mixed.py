@@ -1,4 +1,4 @@
-"""Look-up where the context repeats itself, another draft everywhere else: a match costs nothing, so it goes first.
+"""Look-up where the request's matches come true, another draft everywhere else: a match costs nothing.
 
 A folder of this kind holds the other draft whole, in `draft/`. Which of the two proposes is decided before a block is
 drawn and from earlier rounds alone, so every block is one drafter's own and the verification rule needs no change.

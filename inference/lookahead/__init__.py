@@ -49,6 +49,8 @@ class BlockConfig:
             raise ValueError(f"lookahead.longest_auto is {self.longest_auto}; use at least 1")
         if self.siblings_auto < 0 or any(count < 0 for count in self.siblings):
             raise ValueError("lookahead.siblings and lookahead.siblings_auto count tokens; use 0 or more")
+        if self.siblings and not self.tokens:
+            raise ValueError("lookahead.siblings needs a block length of your own; set lookahead.tokens as well")
 
     def build(self, tokens: int, siblings: Sequence[int] = ()) -> "Lookahead":
         """The policy, with the longest block and the siblings that were chosen for one draft."""

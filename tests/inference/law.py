@@ -73,6 +73,8 @@ def prefixes(cache: TokenCache, tokens: torch.Tensor, slots: Sequence[int]) -> l
 class MemoModel(CausalModel):
     """A model whose rows are computed once per prefix, uncached: enumeration repeats its passes thousands of times."""
 
+    takes_siblings = True
+
     def __init__(self, inner: CausalModel) -> None:
         super().__init__(inner.model)
         self.inner = inner
@@ -82,8 +84,6 @@ class MemoModel(CausalModel):
 
     def new_cache(self) -> TokenCache:  # type: ignore[override]
         return TokenCache()
-
-    takes_siblings = True
 
     def logits(  # type: ignore[override]
         self, tokens: torch.Tensor, cache: TokenCache, *, num_rows: int, slots: Sequence[int] = ()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from inference.attention import GROUPED, grouped_attention, use_grouped_attention
+from inference.errors import InputError
 from inference.loading import load_causal_model
 from tests.inference.families import VOCAB, family_model
 
@@ -89,3 +90,5 @@ def test_only_a_model_with_our_masks_is_asked_about_siblings() -> None:
     bloom = family_model("bloom")
     bloom.model.set_attn_implementation(GROUPED)
     assert not bloom.takes_siblings
+    with pytest.raises(InputError, match="this target cannot be asked about siblings"):
+        bloom.logits(TOKENS[:3], bloom.new_cache(), num_rows=3, slots=(0,))

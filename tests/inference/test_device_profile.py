@@ -4,14 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from inference import device_profile as module
+from inference.cache import RollbackCache
 from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, monotone, profile_from_json
+from inference.model import CausalModel
 from inference.precision import available_precisions
 from inference.target import TargetConfig
+from tests.inference.families import CONTEXT, family_model
 from tests.pipelines.tiny import write_model
 
 
@@ -141,3 +145,17 @@ def test_other_versions_are_measured_anew(
     monkeypatch.setattr(torch, "__version__", "99.0")
     device_profile(TargetConfig(path=str(folder)), tmp_path)
     assert len(measured) == 2
+
+
+def test_passes_are_timed_over_a_context_that_grows_as_in_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, logits, lengths = family_model("llama"), CausalModel.logits, list[int]()
+
+    def noted(self: CausalModel, tokens: torch.Tensor, cache: RollbackCache, **options: Any) -> torch.Tensor:
+        lengths.append(cache.length)
+        return logits(self, tokens, cache, **options)
+
+    monkeypatch.setattr(CausalModel, "logits", noted)
+    module._time_passes(model)
+    # Half of what the model holds, then a token more a pass, with room for the widest; and again.
+    first, last = CONTEXT // 2, CONTEXT - max(WIDTHS) - 1
+    assert lengths[: last - first + 3] == [0, *range(first, last + 1), first]

@@ -311,7 +311,7 @@ def test_mixed_counts_a_sibling_that_stands_for_the_draft() -> None:
     context = [*context, 9, 2]
     assert _propose(drafter, context).tokens.tolist() == [8, 8]
     drafter.rollback(0)
-    # 2 of 4 against a match of one token that has been right in none of its rounds.
+    # (1 + 1) / (3 + 2) against 1/3 of a match of two tokens, wrong the one time; uncounted it would be 1/4.
     context = [*context, 3]
     assert _propose(drafter, context).tokens.tolist() == [8, 8]
 

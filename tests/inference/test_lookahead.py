@@ -68,6 +68,9 @@ def test_kinds_are_their_modules_names(module: object) -> None:
     [
         ({"tokens": -1}, "lookahead.tokens is -1; use 0 for the automatic choice"),
         ({"longest_auto": 0}, "lookahead.longest_auto is 0; use at least 1"),
+        ({"siblings_auto": -1}, "lookahead.siblings and lookahead.siblings_auto count tokens"),
+        ({"tokens": 2, "siblings": [1, -1]}, "lookahead.siblings and lookahead.siblings_auto count tokens"),
+        ({"tokens": 0, "siblings": [1]}, "set lookahead.tokens as well"),
     ],
 )
 def test_lengths_out_of_range_are_refused(values: dict[str, int], message: str) -> None:
