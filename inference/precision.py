@@ -1,14 +1,15 @@
 """Arithmetics on offer for a forward pass, and how a loaded model is put into one. `device_profile` chooses.
 
-`fp32` and `bf16` are torch's own. `fp32_packed` keeps fp32 weights in oneDNN's blocked layout: the same arithmetic,
-without the reordering that a plain fp32 product of a few rows pays every time. `fp16_packed` keeps weights in half
-precision in FBGEMM's layout and computes in fp32: half the memory traffic on CPUs without bf16 instructions.
+`fp32` and `bf16` are torch's own. `fp32_packed` and `bf16_packed` keep the weights in oneDNN's blocked layout: the same
+arithmetic, without the reordering that a plain product of a few rows pays every time. `fp16_packed` keeps weights in
+half precision in FBGEMM's layout and computes in fp32: half the memory traffic on CPUs without bf16 instructions.
 """
 
 import torch
 from torch import nn
 
-PRECISIONS = ("fp32", "fp32_packed", "bf16", "fp16_packed", "fp16")
+PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "fp16")
+_STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
 
 
@@ -17,16 +18,21 @@ def available_precisions(device: torch.device) -> list[str]:
     if device.type != "cpu":
         return ["fp32", "bf16", "fp16"]
     names = ["fp32"]
-    if torch.backends.mkldnn.is_available():
+    blocked = torch.backends.mkldnn.is_available()
+    if blocked:
         names.append("fp32_packed")
     if "fbgemm" in torch.backends.quantized.supported_engines:
         names.append("fp16_packed")
-    return [*names, "bf16"]
+    names.append("bf16")
+    # oneDNN refuses to lay out bf16 weights where it would have to emulate their products.
+    if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names.append("bf16_packed")
+    return names
 
 
 def storage_dtype(precision: str) -> torch.dtype:
     """Dtype in which weights are loaded before `apply_precision`."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return _STORED.get(precision, torch.float32)
 
 
 class PackedHalfLinear(nn.Module):
@@ -44,24 +50,25 @@ class PackedHalfLinear(nn.Module):
         return product
 
 
-class PackedFloatLinear(nn.Module):
-    """`x W^T + b` in fp32 with weights in oneDNN's blocked layout; x is `[..., in]` in fp32."""
+class BlockedLinear(nn.Module):
+    """`x W^T + b` with weights in oneDNN's blocked layout; x is `[..., in]` in the weights' dtype, fp32 or bf16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().float(), _PACKED_ROWS_HINT)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS_HINT)
         self.bias = linear.bias
-        self.num_bytes = 4 * linear.weight.numel()
+        self.num_bytes = linear.weight.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns `[..., out]` in fp32."""
+        """Returns `[..., out]` in the weights' dtype."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return product
 
 
-_PACKERS: dict[str, type[PackedHalfLinear] | type[PackedFloatLinear]] = {
+_PACKERS: dict[str, type[PackedHalfLinear] | type[BlockedLinear]] = {
     "fp16_packed": PackedHalfLinear,
-    "fp32_packed": PackedFloatLinear,
+    "fp32_packed": BlockedLinear,
+    "bf16_packed": BlockedLinear,
 }
 
 
@@ -90,5 +97,5 @@ def apply_precision(model: nn.Module, precision: str) -> None:
 def model_nbytes(model: nn.Module) -> int:
     """Bytes of weights: parameters and buffers counted once, packed weights included."""
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    packed = {id(m): m.num_bytes for m in model.modules() if isinstance(m, PackedHalfLinear | PackedFloatLinear)}
+    packed = {id(m): m.num_bytes for m in model.modules() if isinstance(m, PackedHalfLinear | BlockedLinear)}
     return sum(seen.values()) + sum(packed.values())

@@ -97,7 +97,7 @@ def load_network(folder: Path, target: CausalModel, *, precision: str) -> Featur
             raise InputError(f"NaN or infinite weights in {name}", where=str(folder), mend="build the draft again")
     network.to(target.device).eval().requires_grad_(False)
     network.bind(target)
-    if precision in {"bf16", "fp16"}:
+    if storage_dtype(precision) != torch.float32:
         network.to(storage_dtype(precision))
     apply_precision(network, precision)
     return network

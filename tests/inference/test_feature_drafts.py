@@ -14,7 +14,7 @@ from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.model import CausalModel
-from inference.precision import available_precisions
+from inference.precision import available_precisions, storage_dtype
 from tests.inference.families import FAMILIES, VOCAB, family_model
 
 BLOCK = 3
@@ -218,7 +218,7 @@ def test_a_network_comes_back_from_its_files(llama: CausalModel, tmp_path: Path)
 @pytest.mark.parametrize("precision", available_precisions(torch.device("cpu")))
 def test_loaded_networks_decode_in_every_arithmetic(precision: str, tmp_path: Path) -> None:
     target = CausalModel(family_model("llama").model.float())
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = storage_dtype(precision)
     for number, (name, config) in enumerate(CONFIGS.items()):
         save_network(network_for(config, target, REDUCED if number % 2 else None), tmp_path / name)
         bound = CausalModel(family_model("llama").model.to(dtype))

@@ -13,7 +13,7 @@ from inference.feature_drafts import FeatureNetwork, make_network
 from inference.feature_drafts._checkpoint import load_network, save_network
 from inference.feature_drafts.medusa import Config
 from inference.model import CausalModel
-from inference.precision import available_precisions
+from inference.precision import available_precisions, storage_dtype
 from tests.inference.families import FAMILIES, VOCAB, family_model
 from tests.inference.law import MemoModel, distance, speculative_law, target_law, tiny_model
 from tests.inference.test_feature_drafts import (
@@ -162,7 +162,7 @@ def test_heads_come_back_from_their_files(llama: CausalModel, tmp_path: Path, re
 def test_loaded_heads_decode_in_every_arithmetic(llama: CausalModel, tmp_path: Path, precision: str) -> None:
     save_network(network_for(CONFIGS["one block"], llama, REDUCED), tmp_path)
     target = family_model("llama")
-    target.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    target.model.to(storage_dtype(precision))
     network = load_network(tmp_path, target, precision=precision)
     tokens = sequence(9, seed=3)
     exact = network_for(CONFIGS["one block"], llama, REDUCED)
