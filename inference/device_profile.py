@@ -33,12 +33,15 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 16, 32)
 BLOCK_WIDTHS = (4, 6, 8)
 _CONTEXT_TOKENS = 128
 _REPEATS = 7
-_ROUNDS = 15
+_VISITS = 2
+_ROUNDS = 8
 _TRAIN_ROWS = 128
 _SECONDS = 1.0
-_PASS_SECONDS = 8.0
+_PASS_SECONDS = 4.0
+# Two arithmetics further apart than this are told apart, however much the machine trembled.
+_TIE = 0.05
 # Whatever changes what is measured, or how, makes profiles measured before it worthless.
-_METHOD = 3
+_METHOD = 4
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,15 @@ class DeviceProfile:
 
     @property
     def baseline_precision(self) -> str:
-        """Fastest arithmetic for target-only decoding; the speculative one when the two cannot be told apart."""
+        """Fastest arithmetic for target-only decoding; the speculative one when the two cannot be told apart.
+
+        That is: a difference within both spreads and within a twentieth. A baseline is not made slower by noise.
+        """
         fastest = min(self.passes, key=lambda name: self.passes[name][1])
         block = self.block_precision
         gap = self.passes[block][1] - self.passes[fastest][1]
-        return block if gap <= self.spread[block][1] + self.spread[fastest][1] else fastest
+        noise = self.spread[block][1] + self.spread[fastest][1]
+        return block if gap <= min(noise, _TIE * self.passes[fastest][1]) else fastest
 
     @property
     def block_precision(self) -> str:
@@ -141,16 +148,23 @@ def profile_from_json(data: dict[str, object]) -> DeviceProfile:
 
 
 def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> DeviceProfile:
-    """Time every arithmetic on offer; see `DeviceProfile` for what is kept."""
-    passes: dict[str, dict[int, float]] = {}
-    spread: dict[str, dict[int, float]] = {}
+    """Time every arithmetic on offer; see `DeviceProfile` for what is kept.
+
+    Each is visited twice, the second time in the opposite order: a machine that is slower for a minute would otherwise
+    make a slower arithmetic of whichever had its turn then.
+    """
+    names = available_precisions(device)
+    seconds: dict[str, dict[int, list[float]]] = {name: {width: [] for width in WIDTHS} for name in names}
     train: dict[str, dict[str, float]] = {}
-    for precision in available_precisions(device):
-        model = load_causal_model(folder, precision=precision, device=device, attention=attention)
-        passes[precision], spread[precision] = _time_passes(model)
-        if precision in {"fp32", "bf16"}:
-            train[precision] = _time_training(model)
-        del model
+    for visit in range(_VISITS):
+        for precision in reversed(names) if visit % 2 else names:
+            model = load_causal_model(folder, precision=precision, device=device, attention=attention)
+            _time_passes(model, seconds[precision])
+            if precision in {"fp32", "bf16"} and precision not in train:
+                train[precision] = _time_training(model)
+            del model
+    fits = {name: _lower_quartiles(by_width) for name, by_width in seconds.items()}
+    passes, spread = ({name: fit[part] for name, fit in fits.items()} for part in (0, 1))
     return DeviceProfile(device_name(device), _versions(), passes, spread, train)
 
 
@@ -170,12 +184,11 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _time_passes(model: CausalModel) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds and spread per width, after a context of 128 tokens and more, or half of what the model holds.
+def _time_passes(model: CausalModel, seconds: dict[int, list[float]]) -> None:
+    """Add seconds per width, after a context of 128 tokens and more, or half of what the model holds.
 
-    All widths take turns, so that a machine that is busy for a while is busy for all of them; then a monotone fit. The
-    context grows by a token a pass, as in decoding: kernels that are made anew for every length must not be timed as if
-    they were not.
+    All widths take turns, so that a machine that is busy for a while is busy for all of them. The context grows by a
+    token a pass, as in decoding: what depends on its length must not be timed as if it did not.
     """
     context = min(_CONTEXT_TOKENS, model.context_limit // 2)
     generator = torch.Generator().manual_seed(0)
@@ -183,20 +196,25 @@ def _time_passes(model: CausalModel) -> tuple[dict[int, float], dict[int, float]
     lengths = itertools.cycle(range(context, max(context + 1, min(2 * context, model.context_limit - max(WIDTHS)))))
     cache = model.new_cache()
     model.logits(tokens[:context], cache, num_rows=1)
-    seconds: dict[int, list[float]] = {width: [] for width in WIDTHS}
     rounds, spent = 0, 0.0
-    while rounds < 4 or (rounds <= _ROUNDS and spent < _PASS_SECONDS):
+    # The first round warms up.
+    while rounds < 3 or (rounds <= _ROUNDS and spent < _PASS_SECONDS):
         for width in WIDTHS:
             cache.rollback(next(lengths))
             start = time.perf_counter()
             model.logits(tokens[context : context + width], cache, num_rows=width)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
-            seconds[width].append(time.perf_counter() - start)
-            spent += seconds[width][-1]
+            taken = time.perf_counter() - start
+            spent += taken
+            if rounds:
+                seconds[width].append(taken)
         rounds += 1
-    # The first round warms up.
-    quartiles = {width: statistics.quantiles(row[1:], n=4) for width, row in seconds.items()}
+
+
+def _lower_quartiles(seconds: dict[int, list[float]]) -> tuple[dict[int, float], dict[int, float]]:
+    """Lower quartile by width, fitted so that a wider pass never costs less, and its distance to the median."""
+    quartiles = {width: statistics.quantiles(row, n=4) for width, row in seconds.items()}
     fitted = monotone([lower for lower, _, _ in quartiles.values()])
     return dict(zip(WIDTHS, fitted, strict=True)), {w: median - lower for w, (lower, median, _) in quartiles.items()}
 
