@@ -1,6 +1,6 @@
 """What this machine does well: seconds per pass of 1 to 32 tokens in every arithmetic on offer, and per training token.
 
-Measured once per device, library versions and model shape, in a minute or less, and cached. Precision follows from it:
+Measured once per device, library versions and model shape, in about a minute, and cached. Precision follows from it:
 the baseline gets the arithmetic that is fastest at one token, speculative decoding the one fastest at block widths,
 generation the one fastest at wide passes.
 """
@@ -257,22 +257,22 @@ def _time_training(model: CausalModel) -> dict[str, float]:
         target_logprobs = target_logits.float().log_softmax(-1)
         torch.autograd.backward((target_logprobs.exp() * (target_logprobs - draft_logprobs)).sum())
 
-    layer_seconds, _ = _timed(layer_step, model.device)
-    head_seconds, _ = _timed(head_step, model.device)
-    return {"layer": layer_seconds / _TRAIN_ROWS, "head": head_seconds / _TRAIN_ROWS}
+    seconds = {"layer": _timed(layer_step, model.device), "head": _timed(head_step, model.device)}
+    return {part: spent / _TRAIN_ROWS for part, spent in seconds.items()}
 
 
-def _timed(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Lower quartile of the seconds of repeats, one warm-up left out, and its distance to the median.
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    """Lower quartile of the seconds of repeats, one warm-up left out.
 
-    What is slow is repeated less: an arithmetic that the processor has no instructions for must not take minutes.
+    What is slow is repeated less, and what takes seconds not at all: an arithmetic that the processor has no
+    instructions for must not take minutes.
     """
     seconds: list[float] = []
-    while len(seconds) < 3 or (len(seconds) <= _REPEATS and sum(seconds) < _SECONDS):
+    while (sum(seconds) < _SECONDS and len(seconds) <= _REPEATS) or (len(seconds) < 3 and sum(seconds) < 2 * _SECONDS):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    lower, median, _ = statistics.quantiles(seconds[1:], n=4)
-    return lower, median - lower
+    after_warm_up = seconds[1:] or seconds
+    return statistics.quantiles(after_warm_up, n=4)[0] if len(after_warm_up) > 1 else after_warm_up[0]
