@@ -148,6 +148,7 @@ def decode(
     start = clock.now()
     context = _Context(prompt, capacity=prompt.shape[0] + budget)
     cache = target.new_cache()
+    policy = lookahead.begin()
     reader = drafter if isinstance(drafter, ReadsFeatures) else None
     with target.tapped(reader.taps if reader else ()) as features:
         with clock.part("prefill"):
@@ -161,9 +162,9 @@ def decode(
         while not finished:
             with clock.part("draft"):
                 # The target adds a token of its own to every round, so the last one needs no proposal.
-                limit = min(lookahead.max_tokens, budget - len(result.tokens) - 1)
+                limit = min(policy.max_tokens, budget - len(result.tokens) - 1)
                 proposal = drafter.propose(
-                    context.tokens, limit=limit, lookahead=lookahead, settings=request.settings, generator=generator
+                    context.tokens, limit=limit, lookahead=policy, settings=request.settings, generator=generator
                 )
             with clock.part("verify"):
                 block = [context.tokens[-1:], proposal.tokens]
@@ -192,7 +193,7 @@ def decode(
                 if reader:
                     taken = features.take()[0]
                     reader.read(taken[: len(kept)] if verdict.sibling is None else taken[kept])
-                lookahead.observe(len(proposal), verdict.num_accepted)
+                policy.observe(len(proposal), verdict.num_accepted)
             if on_tokens is not None:
                 on_tokens(emitted)
     result.seconds["other"] = max(0.0, clock.now() - start - result.total_seconds)

@@ -21,6 +21,7 @@ import torch
 import transformers
 from filelock import FileLock
 
+from inference.costs import interpolated
 from inference.layers import decoder_layers
 from inference.loading import load_causal_model
 from inference.model import CausalModel
@@ -93,12 +94,7 @@ class DeviceProfile:
 
     def pass_seconds(self, precision: str, width: int) -> float:
         """Seconds of a pass of any width, linear between the measured ones and beyond the widest."""
-        known = sorted(self.passes[precision].items())
-        if width <= known[0][0]:
-            return known[0][1]
-        upper = next((i for i, (w, _) in enumerate(known) if w >= width), len(known) - 1)
-        (w0, t0), (w1, t1) = known[upper - 1], known[upper]
-        return t0 + (t1 - t0) * (width - w0) / (w1 - w0)
+        return interpolated(self.passes[precision], width)
 
     def table(self) -> list[list[str]]:
         """Rows for people: precision, then milliseconds per width."""
@@ -116,7 +112,7 @@ def device_profile(target: TargetConfig, cache: Path) -> DeviceProfile:
     device = target.torch_device()
     identity = {
         "device": device_name(device),
-        "versions": _versions(),
+        "versions": library_versions(),
         "shape": config_shape(folder),
         "widths": WIDTHS,
         "method": _METHOD,
@@ -165,7 +161,7 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
             del model
     fits = {name: _lower_quartiles(by_width) for name, by_width in seconds.items()}
     passes, spread = ({name: fit[part] for name, fit in fits.items()} for part in (0, 1))
-    return DeviceProfile(device_name(device), _versions(), passes, spread, train)
+    return DeviceProfile(device_name(device), library_versions(), passes, spread, train)
 
 
 def device_name(device: torch.device) -> str:
@@ -180,7 +176,8 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of the libraries that decide how fast a pass is."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 

@@ -8,6 +8,7 @@
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from inference.decoder import Decoded, Request, decode
+from inference.device_profile import device_name, device_profile, library_versions
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.errors import InputError
 from inference.loading import load_causal_model
-from inference.lookahead import Lookahead
+from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.plugins import plugin
@@ -27,6 +29,8 @@ from inference.precision import available_precisions
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import TargetConfig, stop_tokens, target_digest
+
+logger = logging.getLogger(__name__)
 
 PAIR_FILE = "pair.json"
 SCHEMA_VERSION = 1
@@ -226,23 +230,48 @@ def load_pair(
         precision = available_precisions(torch_device)[0]
     model = load_causal_model(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
     drafter = load_drafter(LoadContext(folder / "draft", target_folder, model, precision, torch_device))
-    return Pair(info, model, drafter, load_lookahead(decoding["lookahead"]))
+    lookahead = load_lookahead(
+        decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)
+    )
+    return Pair(info, model, drafter, lookahead)
 
 
-def load_lookahead(settings: dict[str, Any]) -> Lookahead:
+def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured | None] = lambda: None) -> Lookahead:
     """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed.
 
+    Args:
+        settings: of the policy.
+        measured: of the draft; asked only by a policy that weighs tokens against seconds.
+
     Raises:
-        InputError: unknown kind, or settings that it does not take.
+        InputError: unknown kind, settings that it does not take, or measurements that it lacks.
     """
     try:
         if settings["tokens"] == 0:
             return FixedLookahead(0)
         module = plugin("inference.lookahead", settings["kind"])
         config = module.Config(**settings)
-        lookahead: Lookahead = config.build(config.tokens, config.siblings)
+        known = measured() if config.weighs_costs else None
+        lookahead: Lookahead = config.build(config.tokens, config.siblings, known)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"lookahead settings are off: {error}", where=PAIR_FILE, mend="publish the pair again"
         ) from None
     return lookahead
+
+
+def _measured(info: dict[str, Any], target: TargetConfig, cache: Path, precision: str) -> Measured | None:
+    """What the score measured of the draft; on another device or other libraries with passes that are measured anew.
+
+    Drafting is then taken to have become slower or faster as a one-token pass has.
+    """
+    data = info["decoding"].get("measured")
+    if data is None:
+        return None
+    measured = Measured.from_json(data, where=PAIR_FILE)
+    known = info.get("cost_profile", {})
+    here = (device_name(target.torch_device()), library_versions(), precision)
+    if (known.get("device"), known.get("versions"), info["decoding"]["precision"]) == here:
+        return measured
+    logger.info("this pair was measured on another device or other libraries; its costs are measured anew")
+    return Measured(measured.costs.with_passes(device_profile(target, cache).passes[precision]), measured.conditional)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from inference.costs import RoundCosts
 from inference.decoder import Decoded, Request, decode
 from inference.drafters import Drafter
-from inference.lookahead import Lookahead
+from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
@@ -175,6 +176,10 @@ class BlockChoice:
     expected: list[float]
     block_seconds: float = 0.0
     siblings: list[int] = field(default_factory=list)
+
+    def measured(self, passes: Mapping[int, float]) -> Measured:
+        """What adaptive policies start from, with the target's passes by width."""
+        return Measured(RoundCosts(passes, self.block_seconds, self.draft_seconds), tuple(self.conditional))
 
     @property
     def shape(self) -> str:

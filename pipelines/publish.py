@@ -149,9 +149,17 @@ def _verify_in_fresh_process(folder: Path, context: RunContext) -> None:
 
 
 def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[Check]:
-    """Scored requests to repeat: the winner's first ones, one per domain before a second of any."""
+    """Scored requests to repeat: the winner's first ones, one per domain before a second of any.
+
+    Under a policy that learns, block lengths depend on earlier requests, and with them the draws of a sampled answer;
+    then only greedy ones can repeat.
+    """
     cfg = context.cfg
-    records = [r for r in read_records(lineage.score.path / RECORDS_FILE) if r.arm == decision.winner]
+    records = [
+        r
+        for r in read_records(lineage.score.path / RECORDS_FILE)
+        if r.arm == decision.winner and not (r.temperature and cfg.lookahead.learns)
+    ]
     chosen = list(dict.fromkeys(r.prompt_id for r in records))[: cfg.publish.check_prompts]
     prompts = {row.prompt.id: row.prompt for row in read_prompts(lineage.corpus.path)}
     return [
@@ -202,10 +210,16 @@ def _pair_info(
         "decoding": {
             "precision": plan.baseline_precision if winner == BASELINE else plan.block_precision,
             "lookahead": lookahead,
+            "measured": data["measured"].get(winner),
         },
         "decision": asdict(decision),
         "scorecard": [card.to_dict() for card in cards if card.arm == winner],
-        "cost_profile": {"device": plan.device, "passes": plan.profile.passes, "spread": plan.profile.spread},
+        "cost_profile": {
+            "device": plan.device,
+            "versions": plan.profile.versions,
+            "passes": plan.profile.passes,
+            "spread": plan.profile.spread,
+        },
         "lineage": {
             "corpus": lineage.corpus.digest,
             "draft": lineage.draft.digest,

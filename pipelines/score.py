@@ -155,7 +155,7 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
     records = read_records(work.folder / RECORDS_FILE)
     cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
     check_scorecards(cards)
-    _write_results(work, cards, plan, cfg.score.price_per_hour, cfg.seed)
+    _write_results(work, cards, plan, context)
 
 
 def _load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
@@ -310,14 +310,16 @@ def check_scorecards(cards: list[Scorecard]) -> None:
             )
 
 
-def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, price_per_hour: float, seed: int) -> None:
+def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext) -> None:
     """Scorecard as data, table and picture; the summary goes into the manifest."""
+    passes = context.plan.profile.passes[context.plan.block_precision]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     data: dict[str, Any] = {
-        "seed": seed,
-        "price_per_hour": price_per_hour,
+        "seed": context.cfg.seed,
+        "price_per_hour": context.cfg.score.price_per_hour,
         "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
+        "measured": {n: c.measured(passes).to_json() for n, c in plan.blocks.items()},
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")

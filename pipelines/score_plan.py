@@ -137,5 +137,6 @@ def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None) ->
     """The arm with the policy it is scored under."""
     lookahead: Lookahead = FixedLookahead(0)
     if choice is not None:
-        lookahead = context.cfg.lookahead.build(choice.tokens, choice.siblings)
+        measured = choice.measured(context.plan.profile.passes[context.plan.block_precision])
+        lookahead = context.cfg.lookahead.build(choice.tokens, choice.siblings, measured)
     return Arm(arm.name, arm.target, arm.drafter, lookahead)

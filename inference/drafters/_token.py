@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from inference.lookahead import Lookahead, Visible
+from inference.lookahead import Lookahead, Signals, Visible
 from inference.randomness import Source
 from inference.sampling import SamplingSettings, process_logits
 from inference.verification import without
+
+_WIDEST_MARGIN = 30.0
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,13 @@ class Drawn:
         token: int64 `[]`.
         row: `[V]`, the distribution it was sampled from; None when greedy.
         siblings: int64 `[s]`, further tokens of the row, without replacement.
-        confidences: of the positions before and of this one, if they are needed.
+        signals: of the positions before and of this one, if the policy reads any.
     """
 
     token: torch.Tensor
     row: torch.Tensor | None
     siblings: torch.Tensor
-    confidences: tuple[float, ...]
+    signals: tuple[Signals, ...]
 
 
 def draw_token(
@@ -35,7 +37,7 @@ def draw_token(
     settings: SamplingSettings,
     generator: Source,
     lookahead: Lookahead,
-    so_far: tuple[float, ...],
+    so_far: tuple[Signals, ...],
     confidence: torch.Tensor | None = None,
 ) -> Drawn | None:
     """Ask the policy, then draw one token from its row, and as many siblings as the policy wants beside it.
@@ -46,8 +48,8 @@ def draw_token(
         tokens: int64 `[k]`, proposed so far.
         settings: sampling settings of the request.
         generator: source of random decisions.
-        lookahead: the policy; asked here only if it needs confidences.
-        so_far: confidences of the positions before.
+        lookahead: the policy; asked here only if it reads signals.
+        so_far: signals of the positions before.
         confidence: chance that this token survives, a scalar; None takes the largest probability of the row.
 
     Returns:
@@ -55,9 +57,9 @@ def draw_token(
     """
     history = torch.cat([context, tokens])
     row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
-    probs = None if settings.greedy and not lookahead.needs_confidence else torch.softmax(row, dim=-1)
-    if lookahead.needs_confidence and probs is not None:
-        so_far = (*so_far, float(probs.max() if confidence is None else confidence))
+    probs = None if settings.greedy else torch.softmax(row, dim=-1)
+    if lookahead.reads:
+        so_far = (*so_far, _signals(row, probs, confidence, reads=lookahead.reads))
         if not lookahead.keeps(Visible(tokens.shape[0] + 1, so_far)):
             return None
     beside = lookahead.siblings[tokens.shape[0]] if tokens.shape[0] < len(lookahead.siblings) else 0
@@ -77,3 +79,21 @@ def draw_token(
         last = generator.categorical(rest)
         siblings.append(last[None])
     return Drawn(token, probs, torch.cat(siblings), so_far)
+
+
+def _signals(
+    row: torch.Tensor, probs: torch.Tensor | None, confidence: torch.Tensor | None, *, reads: frozenset[str]
+) -> Signals:
+    """What a policy reads of a row `[V]` of processed logits; one transfer from the device, whatever it reads."""
+    values: dict[str, torch.Tensor] = {}
+    if probs is None and reads != {"margin"}:
+        probs = torch.softmax(row, dim=-1)
+    if "confidence" in reads and probs is not None:
+        values["confidence"] = probs.max() if confidence is None else confidence
+    if "entropy" in reads and probs is not None:
+        values["entropy"] = torch.special.entr(probs).sum()
+    if "margin" in reads:
+        best = row.topk(2).values
+        values["margin"] = (best[0] - best[1]).clamp(max=_WIDEST_MARGIN)
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return Signals(**dict(zip(values, numbers, strict=True)))

@@ -10,7 +10,7 @@ from inference.drafters import LoadContext, Proposal
 from inference.drafters._token import draw_token
 from inference.feature_drafts import FeatureNetwork
 from inference.feature_drafts._checkpoint import load_network
-from inference.lookahead import Lookahead, Visible
+from inference.lookahead import Lookahead, Signals, Visible
 from inference.precision import model_nbytes
 from inference.randomness import Source
 from inference.sampling import SamplingSettings
@@ -55,13 +55,13 @@ class FeatureDrafter:
         block = self.network.begin_block(context[-1], self._cache)
         rows: list[torch.Tensor] = []
         siblings: list[torch.Tensor] = []
-        confidences: tuple[float, ...] = ()
+        signals: tuple[Signals, ...] = ()
         previous = context[-1]
         while tokens.shape[0] < limit:
             position = tokens.shape[0] + 1
-            if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
+            if not lookahead.reads and not lookahead.keeps(Visible(position)):
                 break
-            step = self.network.step(block, position - 1, previous, confidence=lookahead.needs_confidence)
+            step = self.network.step(block, position - 1, previous, confidence="confidence" in lookahead.reads)
             drawn = draw_token(
                 self._over_the_vocabulary(step.logits)[None],
                 context,
@@ -69,12 +69,12 @@ class FeatureDrafter:
                 settings=settings,
                 generator=generator,
                 lookahead=lookahead,
-                so_far=confidences,
+                so_far=signals,
                 confidence=step.confidence,
             )
             if drawn is None:
                 break
-            previous, confidences = drawn.token, drawn.confidences
+            previous, signals = drawn.token, drawn.signals
             tokens = torch.cat([tokens, previous[None]])
             siblings.append(drawn.siblings)
             if drawn.row is not None:

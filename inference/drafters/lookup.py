@@ -10,7 +10,7 @@ import torch
 
 from inference.drafters import LoadContext, Proposal
 from inference.errors import InputError
-from inference.lookahead import Lookahead, Visible
+from inference.lookahead import Lookahead, Signals, Visible
 from inference.randomness import Source
 from inference.sampling import SamplingSettings
 
@@ -69,8 +69,8 @@ class LookupDrafter:
         chance = self._chance(length)
         kept = 0
         while kept < min(limit, len(self._tokens) - start):
-            confidences = (chance,) * (kept + 1) if lookahead.needs_confidence else ()
-            if not lookahead.keeps(Visible(kept + 1, confidences)):
+            signals = (Signals(confidence=chance),) * (kept + 1) if lookahead.reads else ()
+            if not lookahead.keeps(Visible(kept + 1, signals)):
                 break
             kept += 1
         return Proposal(context[start : start + kept])

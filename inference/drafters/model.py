@@ -6,7 +6,7 @@ from inference.cache import RollbackCache
 from inference.drafters import LoadContext, Proposal
 from inference.drafters._token import draw_token
 from inference.loading import load_causal_model
-from inference.lookahead import Lookahead, Visible
+from inference.lookahead import Lookahead, Signals, Visible
 from inference.model import CausalModel
 from inference.randomness import Source
 from inference.sampling import SamplingSettings
@@ -42,18 +42,18 @@ class ModelDrafter:
         tokens = context[:0]
         rows: list[torch.Tensor] = []
         siblings: list[torch.Tensor] = []
-        confidences: tuple[float, ...] = ()
+        signals: tuple[Signals, ...] = ()
         while tokens.shape[0] < limit:
             position = tokens.shape[0] + 1
-            if not lookahead.needs_confidence and not lookahead.keeps(Visible(position, ())):
+            if not lookahead.reads and not lookahead.keeps(Visible(position)):
                 break
             logits = self.model.logits(pending, self._cache, num_rows=1)
             drawn = draw_token(
-                logits, context, tokens, settings=settings, generator=generator, lookahead=lookahead, so_far=confidences
+                logits, context, tokens, settings=settings, generator=generator, lookahead=lookahead, so_far=signals
             )
             if drawn is None:
                 break
-            tokens, confidences = torch.cat([tokens, drawn.token[None]]), drawn.confidences
+            tokens, signals = torch.cat([tokens, drawn.token[None]]), drawn.signals
             pending = tokens[-1:]
             siblings.append(drawn.siblings)
             if drawn.row is not None:

@@ -1,12 +1,33 @@
 """How many tokens to propose: one module per policy, asked position by position, left to right.
 
 A policy is lossless only if it decides on position k from what was known before token k was sampled. That is a type
-here: a policy sees `Visible` and nothing else, and a drafter asks it before it samples.
+here: a policy sees `Visible` and nothing else, and a drafter asks it before it samples. What it was told of earlier
+rounds (`observe`) is past, and may be used in any way.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
+
+from inference.costs import RoundCosts
+from inference.errors import InputError
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is known of a position before its token is drawn; each not a number where it was not asked for.
+
+    Attributes:
+        confidence: chance that the token will survive given the ones before it: the draft's own head where it has one,
+            else the largest probability of the row.
+        entropy: of the row the token will be drawn from, nats; not a number for drafters without rows.
+        margin: between the two largest logits of that row, at most 30; likewise.
+    """
+
+    confidence: float = math.nan
+    entropy: float = math.nan
+    margin: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -15,12 +36,45 @@ class Visible:
 
     Attributes:
         position: 1-based position in the block.
-        confidences: chances c_1..c_position that each token survives given the earlier ones, c_k computed before x_k
-            was sampled; empty when the policy does not need them.
+        signals: of positions 1..position, each known before its own token was sampled; empty when the policy reads
+            none.
     """
 
     position: int
-    confidences: tuple[float, ...]
+    signals: tuple[Signals, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a draft before, on validation prompts; for policies that weigh tokens against seconds.
+
+    Attributes:
+        costs: of a round, on this device.
+        conditional: acceptance of each position given that all before it stood.
+    """
+
+    costs: RoundCosts
+    conditional: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `pair.json`."""
+        return {"costs": self.costs.to_json(), "conditional": list(self.conditional)}
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str) -> "Measured":
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: a part is missing, or no time or chance.
+        """
+        try:
+            conditional = tuple(float(chance) for chance in data["conditional"])
+            if not all(0.0 <= chance <= 1.0 for chance in conditional):
+                raise ValueError("a chance lies outside [0, 1]")
+            costs = data["costs"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the measurements are off: {error}", where=where, mend="publish the pair again") from None
+        return cls(RoundCosts.from_json(costs, where=where), conditional)
 
 
 @dataclass(kw_only=True)
@@ -34,7 +88,12 @@ class BlockConfig:
         longest_auto: longest block that the automatic choice may take.
         siblings: tokens offered beside the one at each position, where `tokens` is set.
         siblings_auto: most of them beside one position that the automatic choice may take; 0 for chains alone.
+        weighs_costs: whether the policy needs measured seconds.
+        learns: whether requests change what later requests are proposed.
     """
+
+    weighs_costs: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     kind: str
     tokens: int = 0
@@ -52,24 +111,52 @@ class BlockConfig:
         if self.siblings and not self.tokens:
             raise ValueError("lookahead.siblings needs a block length of your own; set lookahead.tokens as well")
 
-    def build(self, tokens: int, siblings: Sequence[int] = ()) -> "Lookahead":
-        """The policy, with the longest block and the siblings that were chosen for one draft."""
+    def build(self, tokens: int, siblings: Sequence[int] = (), measured: Measured | None = None) -> "Lookahead":
+        """The policy, with the longest block and the siblings that were chosen for one draft.
+
+        Args:
+            tokens: longest block.
+            siblings: beside the token at each position, from the first.
+            measured: of the draft; what a policy does not use may be left out.
+
+        Raises:
+            ValueError: the policy needs measurements and was given none.
+        """
         raise NotImplementedError
+
+    def need(self, measured: Measured | None) -> Measured:
+        """The measurements, for policies that cannot do without."""
+        if measured is None:
+            raise ValueError(f"lookahead={self.kind} weighs tokens against seconds and was given no measured costs")
+        return measured
 
 
 class Lookahead(Protocol):
     """A policy.
 
     Attributes:
-        max_tokens: no block is longer than this.
+        max_tokens: no block of the coming round is longer than this.
         siblings: how many tokens are offered beside the one at each position, from the first; fixed before the request,
             and 0 for positions beyond the last entry.
-        needs_confidence: whether drafters must supply confidences.
+        reads: fields of `Signals` that drafters must supply.
+        learns: whether requests change what later requests are proposed.
     """
 
-    max_tokens: int
-    siblings: tuple[int, ...]
-    needs_confidence: bool
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def siblings(self) -> tuple[int, ...]: ...
+
+    @property
+    def reads(self) -> frozenset[str]: ...
+
+    @property
+    def learns(self) -> bool: ...
+
+    def begin(self) -> "Lookahead":
+        """The policy for one request: nothing that happens in it shows in another, unless the policy `learns`."""
+        ...
 
     def keeps(self, visible: Visible) -> bool:
         """Whether the position is proposed; the first refusal ends the block."""
@@ -78,3 +165,25 @@ class Lookahead(Protocol):
     def observe(self, num_proposed: int, num_accepted: int) -> None:
         """Told after every round what became of the block."""
         ...
+
+
+class SteadyLookahead:
+    """What policies have in common that keep nothing from one round to the next."""
+
+    reads: frozenset[str] = frozenset()
+    learns = False
+
+    def __init__(self, tokens: int, *, siblings: Sequence[int] = ()) -> None:
+        self.max_tokens = tokens
+        self.siblings = tuple(siblings)
+
+    def begin(self) -> "Lookahead":
+        """See `Lookahead.begin`."""
+        return self
+
+    def keeps(self, visible: Visible) -> bool:
+        """See `Lookahead.keeps`."""
+        return visible.position <= self.max_tokens
+
+    def observe(self, num_proposed: int, num_accepted: int) -> None:
+        """Nothing is learnt."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inference.lookahead import BlockConfig, Visible
+from inference.lookahead import BlockConfig, Measured, SteadyLookahead, Visible
 
 
 @dataclass(kw_only=True)
@@ -26,24 +26,23 @@ class Config(BlockConfig):
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"lookahead.threshold is {self.threshold}; use a probability in [0, 1]")
 
-    def build(self, tokens: int, siblings: Sequence[int] = ()) -> "ConfidenceLookahead":
+    def build(
+        self, tokens: int, siblings: Sequence[int] = (), measured: Measured | None = None
+    ) -> "ConfidenceLookahead":
         """See `BlockConfig.build`."""
         return ConfidenceLookahead(tokens, threshold=self.threshold, siblings=siblings)
 
 
-class ConfidenceLookahead:
+class ConfidenceLookahead(SteadyLookahead):
     """Keeps a position while the cumulative confidence, this position included, stays at or above the threshold."""
 
-    needs_confidence = True
+    reads = frozenset({"confidence"})
 
     def __init__(self, tokens: int, *, threshold: float, siblings: Sequence[int] = ()) -> None:
-        self.max_tokens = tokens
-        self.siblings = tuple(siblings)
+        super().__init__(tokens, siblings=siblings)
         self.threshold = threshold
 
     def keeps(self, visible: Visible) -> bool:
         """See `Lookahead.keeps`."""
-        return visible.position <= self.max_tokens and math.prod(visible.confidences) >= self.threshold
-
-    def observe(self, num_proposed: int, num_accepted: int) -> None:
-        """Nothing is learnt."""
+        survival = math.prod(known.confidence for known in visible.signals)
+        return super().keeps(visible) and survival >= self.threshold

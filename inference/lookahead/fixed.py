@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inference.lookahead import BlockConfig, Visible
+from inference.lookahead import BlockConfig, Measured, SteadyLookahead
 
 
 @dataclass(kw_only=True)
@@ -16,23 +16,10 @@ class Config(BlockConfig):
 
     kind: str = "fixed"
 
-    def build(self, tokens: int, siblings: Sequence[int] = ()) -> "FixedLookahead":
+    def build(self, tokens: int, siblings: Sequence[int] = (), measured: Measured | None = None) -> "FixedLookahead":
         """See `BlockConfig.build`."""
         return FixedLookahead(tokens, siblings=siblings)
 
 
-class FixedLookahead:
+class FixedLookahead(SteadyLookahead):
     """Keeps positions 1..tokens."""
-
-    needs_confidence = False
-
-    def __init__(self, tokens: int, *, siblings: Sequence[int] = ()) -> None:
-        self.max_tokens = tokens
-        self.siblings = tuple(siblings)
-
-    def keeps(self, visible: Visible) -> bool:
-        """See `Lookahead.keeps`."""
-        return visible.position <= self.max_tokens
-
-    def observe(self, num_proposed: int, num_accepted: int) -> None:
-        """Nothing is learnt."""

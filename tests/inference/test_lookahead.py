@@ -1,28 +1,108 @@
-"""Policies position by position, and their settings."""
+"""Policies position by position and round by round, and their settings."""
+
+import math
+from collections.abc import Callable
 
 import pytest
 
-from inference.lookahead import Lookahead, Visible, confidence, fixed
+from inference.costs import RoundCosts
+from inference.lookahead import (
+    BlockConfig,
+    Lookahead,
+    Measured,
+    Signals,
+    Visible,
+    confidence,
+    entropy,
+    estimator,
+    ewma,
+    fixed,
+    scheduled,
+)
+from inference.lookahead._worth import best_length, pays
 from inference.lookahead.confidence import ConfidenceLookahead
+from inference.lookahead.entropy import EntropyLookahead
+from inference.lookahead.estimator import EstimatorLookahead
+from inference.lookahead.ewma import EwmaLookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
+from inference.margin import MarginEstimator
+
+# One token more costs a tenth of a pass, drafting it nothing.
+CHEAP = RoundCosts({1: 1.0, 2: 1.1, 11: 2.0})
+# A second token doubles the pass.
+DEAR = RoundCosts({1: 1.0, 2: 2.0, 3: 3.0})
+MEASURED = Measured(CHEAP, (0.8, 0.6, 0.4))
+MODULES = [confidence, entropy, estimator, ewma, fixed, scheduled]
 
 
-def _kept(policy: Lookahead, chances: list[float]) -> int:
+def _kept(policy: Lookahead, signals: list[Signals]) -> int:
     """Positions kept before the first refusal."""
     count = 0
-    while count < len(chances) and policy.keeps(Visible(count + 1, tuple(chances[: count + 1]))):
+    while count < len(signals) and policy.keeps(Visible(count + 1, tuple(signals[: count + 1]))):
         count += 1
     return count
 
 
+def _sure(*chances: float) -> list[Signals]:
+    return [Signals(confidence=chance) for chance in chances]
+
+
+# Worth
+
+
+@pytest.mark.parametrize(
+    ("conditional", "costs", "length"),
+    [
+        # Tokens 1, 1.8, 2.44, 2.824 over 1, 1.1, 1.2, 1.3: 1, 1.636, 2.033, 2.172.
+        ((0.8, 0.8, 0.6), CHEAP, 3),
+        # 1, 1.8 / 1.1 = 1.636, 1.88 / 1.2 = 1.567, 1.888 / 1.3.
+        ((0.8, 0.1, 0.1), CHEAP, 1),
+        # 1.05 / 1.1, 1.1 / 1.2: neither pays.
+        ((0.05, 1.0), CHEAP, 0),
+        ((0.99, 0.99), DEAR, 0),
+        ((), CHEAP, 0),
+    ],
+)
+def test_the_best_length_has_the_most_expected_tokens_a_second(
+    conditional: tuple[float, ...], costs: RoundCosts, length: int
+) -> None:
+    assert best_length(conditional, costs, ()) == length
+
+
+def test_a_later_position_may_carry_an_earlier_one_that_does_not_pay_alone() -> None:
+    # Two tokens for the price of 1.3 passes, the first alone for 1.25: 1.2 / 1.25 = 0.96, (1 + 0.2 + 0.2) / 1.3 = 1.08.
+    costs = RoundCosts({1: 1.0, 2: 1.25, 3: 1.3})
+    assert best_length((0.2, 1.0), costs, ()) == 2
+    assert not pays([0.2], costs, ())
+
+
+def test_siblings_are_part_of_what_a_position_costs() -> None:
+    # 1.15 tokens for 1.1 passes, for 1.2 with a sibling.
+    assert pays([0.15], CHEAP, ())
+    assert not pays([0.15], CHEAP, (1,))
+    assert best_length((0.15,), CHEAP, ()) == 1
+    assert best_length((0.15,), CHEAP, (1,)) == 0
+
+
+def test_drafting_counts() -> None:
+    slow = RoundCosts({1: 1.0, 2: 1.1, 11: 2.0}, block_seconds=0.3, token_seconds=0.1)
+    # 1.45 tokens in 0.3 + 0.1 + 1.1 = 1.5; 1.55 would pay.
+    assert not pays([0.45], slow, ())
+    assert pays([0.55], slow, ())
+
+
+# Policies
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_fixed_keeps_its_number_of_positions(tokens: int) -> None:
-    assert _kept(FixedLookahead(tokens), [0.0] * 9) == tokens
+    assert _kept(FixedLookahead(tokens), _sure(*[0.0] * 9)) == tokens
 
 
-def test_fixed_asks_for_no_confidence() -> None:
-    assert FixedLookahead(3).keeps(Visible(3, ()))
-    assert not FixedLookahead(3).needs_confidence
+def test_fixed_reads_nothing() -> None:
+    assert FixedLookahead(3).keeps(Visible(3))
+    assert not FixedLookahead(3).reads
 
 
 @pytest.mark.parametrize(
@@ -37,32 +117,223 @@ def test_fixed_asks_for_no_confidence() -> None:
     ],
 )
 def test_confidence_keeps_while_the_whole_block_is_likely_to_survive(chances: list[float], kept: int) -> None:
-    assert _kept(ConfidenceLookahead(4, threshold=0.5), chances) == kept
+    assert _kept(ConfidenceLookahead(4, threshold=0.5), _sure(*chances)) == kept
 
 
-def test_confidence_must_be_told_chances() -> None:
-    assert ConfidenceLookahead(4, threshold=0.5).needs_confidence
+@pytest.mark.parametrize(
+    ("entropies", "kept"),
+    [
+        # 1 - sqrt(0.2 * 1.25) = 0.5, exactly enough; at 1.26 it is not.
+        ([1.25, 1.25, 1.26, 0.0], 2),
+        ([5.0, 0.0], 0),
+        # Look-up has no rows.
+        ([math.nan] * 9, 4),
+    ],
+)
+def test_entropy_keeps_while_the_bound_on_acceptance_holds(entropies: list[float], kept: int) -> None:
+    policy = EntropyLookahead(4, threshold=0.5, gamma=0.2)
+    assert _kept(policy, [Signals(entropy=value) for value in entropies]) == kept
+
+
+def test_ewma_follows_the_request_and_forgets_it() -> None:
+    policy = EwmaLookahead(3, Measured(CHEAP, (0.9, 0.9)), rate=0.5, probe_rounds=0)
+    # Beyond what validation saw the last position stands in.
+    assert policy.conditional == [0.9, 0.9, 0.9] and policy.max_tokens == 3
+    running = policy.begin()
+    running.observe(3, 1)
+    # Position 1 stood, position 2 did not, position 3 has no verdict.
+    assert running.conditional == pytest.approx([0.95, 0.45, 0.9])
+    for _ in range(8):
+        running.observe(running.max_tokens, 0)
+    # Position 1 has fallen to 0.95 / 16: not worth a tenth of a pass, and so it is tried no more.
+    assert running.conditional[0] == pytest.approx(0.95 / 16) and running.max_tokens == 0
+    assert running.begin().max_tokens == policy.max_tokens == 3
+
+
+def test_ewma_tries_a_longer_block_now_and_then() -> None:
+    policy = EwmaLookahead(3, Measured(CHEAP, (0.9, 0.0)), rate=0.1, probe_rounds=4)
+    lengths = []
+    for _ in range(8):
+        lengths.append(policy.max_tokens)
+        policy.observe(policy.max_tokens, 1)
+    assert lengths == [1, 1, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("chances", "kept"),
+    [
+        # Tokens a second 1, 1.636, 2.033, 2.033 * ...: a_3 = 0.64 * 0.1 = 0.064 adds less than its tenth of a pass.
+        ([0.8, 0.8, 0.1, 1.0], 2),
+        # The first drop ends the block, whatever comes behind it.
+        ([0.05, 1.0, 1.0], 0),
+        ([1.0] * 9, 4),
+    ],
+)
+def test_scheduled_admits_while_it_pays(chances: list[float], kept: int) -> None:
+    assert _kept(ScheduledLookahead(4, MEASURED, patience_rounds=0), _sure(*chances)) == kept
+
+
+def test_scheduled_stops_speculating_where_a_second_token_costs_a_pass() -> None:
+    assert _kept(ScheduledLookahead(4, Measured(DEAR, ()), patience_rounds=0), _sure(0.99, 0.99)) == 0
+
+
+def test_scheduled_pauses_drafting_that_brings_nothing_and_wakes_again() -> None:
+    policy = ScheduledLookahead(4, MEASURED, patience_rounds=2).begin()
+    asleep = []
+    for _ in range(12):
+        asleep.append(policy.max_tokens == 0)
+        policy.observe(0, 0)
+    # Two tries, a pause of 2; two tries, a pause of 4; two tries.
+    assert asleep == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 4 + [False] * 2
+    policy = ScheduledLookahead(4, MEASURED, patience_rounds=2)
+    for proposed in (0, 3, 0, 3, 0):
+        policy.observe(proposed, 0)
+    assert policy.max_tokens == 4, "only empty rounds in a row count"
+
+
+def test_the_asynchronous_form_goes_by_confidences_of_an_earlier_round() -> None:
+    policy = DelayedLookahead(2, MEASURED, delay_rounds=2).begin()
+    lengths = []
+    for chances in ((0.0, 0.0), (0.9, 0.0), (0.9, 0.9), (0.0, 0.0), (0.0, 0.0)):
+        lengths.append(policy.max_tokens)
+        for position in (1, 2):
+            policy.keeps(Visible(position, tuple(_sure(*chances[:position]))))
+        policy.observe(2, 0)
+    # Validation's for two rounds, then round 1's (0), round 2's (1), round 3's (2).
+    assert lengths == [2, 2, 0, 1, 2]
+
+
+def test_the_asynchronous_form_tries_a_token_where_it_would_never_hear_again() -> None:
+    policy = DelayedLookahead(2, Measured(DEAR, (0.9,)), delay_rounds=2)
+    lengths = []
+    for _ in range(18):
+        lengths.append(policy.max_tokens)
+        policy.observe(policy.max_tokens, 0)
+    assert lengths == [0] * 16 + [1, 0]
+
+
+def _estimating(**settings: int) -> EstimatorLookahead:
+    known = MarginEstimator(window=400, refit_every=100, least=50)
+    return EstimatorLookahead(2, MEASURED, estimator=known, patience_rounds=0, **settings)  # type: ignore[arg-type]
+
+
+def test_the_estimator_proposes_everything_until_it_has_verdicts() -> None:
+    assert _kept(_estimating(), [Signals(confidence=0.0, margin=0.0)] * 9) == 2
+
+
+def test_the_estimator_learns_which_margins_stand() -> None:
+    policy = _estimating()
+    for number in range(60):
+        margin = 6.0 if number % 2 else 0.1
+        request = policy.begin()
+        request.keeps(Visible(1, (Signals(confidence=0.5, margin=margin),)))
+        request.observe(1, number % 2)
+    # Both are now known apart, in any request; what the draft itself believes does not matter.
+    for request in (policy, policy.begin()):
+        assert _kept(request, [Signals(confidence=0.0, margin=6.0)]) == 1
+        assert _kept(request, [Signals(confidence=1.0, margin=0.1)]) == 0
+
+
+def test_the_estimator_learns_nothing_from_positions_without_a_verdict() -> None:
+    policy = _estimating()
+    for _ in range(60):
+        _kept(policy, [Signals(margin=1.0)] * 2)
+        policy.observe(2, 0)
+    # Position 2 has never had a verdict; position 1's curve stands in for it.
+    assert policy.estimator.parameters(1) == policy.estimator.parameters(2)
+    assert policy.estimator.chance(1, 1.0) == pytest.approx(0.0, abs=0.05)
+
+
+def test_without_rows_the_estimator_goes_by_the_drafters_own_chance() -> None:
+    policy = _estimating()
+    assert _kept(policy, _sure(0.9, 0.9)) == 2
+    assert _kept(policy, _sure(0.01, 0.9)) == 0
+    policy.observe(2, 0)
+    assert policy.estimator.parameters(1) is None
+
+
+# What a policy may look at
+
+
+POLICIES: dict[str, Callable[[], Lookahead]] = {
+    "fixed": lambda: FixedLookahead(2),
+    "confidence": lambda: ConfidenceLookahead(2, threshold=0.5),
+    "entropy": lambda: EntropyLookahead(2, threshold=0.5, gamma=0.2),
+    "ewma": lambda: EwmaLookahead(2, MEASURED, rate=0.5, probe_rounds=2),
+    "scheduled": lambda: ScheduledLookahead(2, MEASURED, patience_rounds=2),
+    "scheduled, delayed": lambda: DelayedLookahead(2, MEASURED, delay_rounds=2),
+    "estimator": _estimating,
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_decision_depends_on_nothing_but_what_it_was_given(name: str) -> None:
+    """Two policies with one past decide alike, and a decision taken is not taken back."""
+    signals = [Signals(confidence=c, entropy=h, margin=m) for c, h, m in ((0.9, 0.3, 4.0), (0.2, 2.0, 0.5))]
+    one, other = POLICIES[name]().begin(), POLICIES[name]().begin()
+    for accepted in (1, 0, 2, 0, 0):
+        kept = _kept(one, signals)
+        assert kept == _kept(other, signals)
+        assert kept <= one.max_tokens
+        for policy in (one, other):
+            policy.observe(kept, min(kept, accepted))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_only_a_policy_that_learns_lets_one_request_show_in_another(name: str) -> None:
+    shared = POLICIES[name]()
+    request = shared.begin()
+    for _ in range(40):
+        request.observe(_kept(request, [Signals(confidence=0.01, entropy=9.0, margin=0.01)] * 2), 0)
+    fresh, later = POLICIES[name]().begin(), shared.begin()
+    signals = [Signals(confidence=0.95, entropy=0.01, margin=9.0)] * 2
+    assert shared.learns or _kept(later, signals) == _kept(fresh, signals)
+
+
+def test_a_search_over_all_lengths_by_this_rounds_confidences_is_refused() -> None:
+    for delay in (0, 1):
+        with pytest.raises(ValueError, match=r"lookahead.search=whole looks ahead: .* use lookahead.delay_rounds=2"):
+            scheduled.Config(search="whole", delay_rounds=delay)
+
+
+# Settings
 
 
 def test_policies_are_built_with_the_length_chosen_for_a_draft() -> None:
-    assert fixed.Config(tokens=0).build(6).max_tokens == 6
-    built = confidence.Config(threshold=0.3).build(2)
-    assert (built.max_tokens, built.threshold) == (2, 0.3)
+    for module in MODULES:
+        built = module.Config().build(6, [1], Measured(CHEAP, (1.0,)))
+        assert (built.max_tokens, built.siblings) == (6, (1,)), module
+    assert confidence.Config(threshold=0.3).build(2).threshold == 0.3
+    delayed = scheduled.Config(search="whole", delay_rounds=3).build(2, (), MEASURED)
+    assert isinstance(delayed, DelayedLookahead) and delayed.delay_rounds == 3
 
 
-def test_outcomes_change_nothing() -> None:
-    for policy in (FixedLookahead(2), ConfidenceLookahead(2, threshold=0.5)):
+@pytest.mark.parametrize("module", MODULES)
+def test_a_policy_that_weighs_costs_is_not_built_without(module: object) -> None:
+    config: BlockConfig = module.Config()  # type: ignore[attr-defined]
+    if config.weighs_costs:
+        with pytest.raises(ValueError, match=f"lookahead={config.kind} weighs tokens against seconds"):
+            config.build(2)
+    else:
+        assert config.build(2).max_tokens == 2
+    assert config.learns == config.build(2, (), MEASURED).learns
+
+
+def test_outcomes_change_nothing_where_nothing_is_kept() -> None:
+    for name in ("fixed", "confidence", "entropy"):
+        policy = POLICIES[name]()
         before = dict(vars(policy))
         policy.observe(2, 0)
-        assert vars(policy) == before
+        assert vars(policy) == before and policy.begin() is policy
 
 
-@pytest.mark.parametrize("module", [fixed, confidence])
+@pytest.mark.parametrize("module", MODULES)
 def test_kinds_are_their_modules_names(module: object) -> None:
     config = module.Config()  # type: ignore[attr-defined]
     assert module.__name__.endswith("." + config.kind)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -73,14 +344,32 @@ def test_kinds_are_their_modules_names(module: object) -> None:
         ({"tokens": 0, "siblings": [1]}, "set lookahead.tokens as well"),
     ],
 )
-def test_lengths_out_of_range_are_refused(values: dict[str, int], message: str) -> None:
+def test_lengths_out_of_range_are_refused(module: object, values: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fixed.Config(**values)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        confidence.Config(**values)  # type: ignore[arg-type]
+        module.Config(**values)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("module", [confidence, entropy])
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
-def test_a_threshold_must_be_a_probability(threshold: float) -> None:
+def test_a_threshold_must_be_a_probability(module: object, threshold: float) -> None:
     with pytest.raises(ValueError, match=r"lookahead.threshold is .*; use a probability in \[0, 1\]"):
-        confidence.Config(threshold=threshold)
+        module.Config(threshold=threshold)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("module", "values", "message"),
+    [
+        (entropy, {"gamma": 0.0}, "lookahead.gamma is 0.0; use a positive number"),
+        (entropy, {"gamma": math.nan}, "lookahead.gamma is nan; use a positive number"),
+        (ewma, {"rate": 0.0}, "lookahead.rate is 0.0; use a weight above 0 and up to 1"),
+        (ewma, {"probe_rounds": -1}, "lookahead.probe_rounds is -1"),
+        (scheduled, {"search": "best"}, "lookahead.search is 'best'; choose one of early_stop, whole"),
+        (scheduled, {"delay_rounds": 2}, "lookahead.delay_rounds goes with search=whole"),
+        (scheduled, {"patience_rounds": -1}, "lookahead.patience_rounds is -1"),
+        (estimator, {"patience_rounds": -1}, "lookahead.patience_rounds is -1"),
+        (estimator, {"least": 0}, "all of them positive"),
+    ],
+)
+def test_settings_out_of_range_are_refused(module: object, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module.Config(**values)  # type: ignore[attr-defined]

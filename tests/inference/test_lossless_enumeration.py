@@ -11,6 +11,7 @@ import torch
 from inference import decoder, verification
 from inference.attention import use_grouped_attention
 from inference.cache import RollbackCache
+from inference.costs import RoundCosts
 from inference.drafters import Drafter, Proposal
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
@@ -25,9 +26,14 @@ from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.layers import keep_layers
 from inference.loading import load_causal_model
-from inference.lookahead import Lookahead
+from inference.lookahead import Lookahead, Measured
 from inference.lookahead.confidence import ConfidenceLookahead
+from inference.lookahead.entropy import EntropyLookahead
+from inference.lookahead.estimator import EstimatorLookahead
+from inference.lookahead.ewma import EwmaLookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
+from inference.margin import MarginEstimator
 from inference.model import CausalModel
 from inference.sampling import SamplingSettings
 from tests.inference.law import MemoModel, TokenCache, distance, speculative_law, target_law, tiny_model
@@ -47,7 +53,25 @@ POLICIES: dict[str, Callable[[], Lookahead]] = {
     "fixed": lambda: FixedLookahead(2),
     "confidence": lambda: ConfidenceLookahead(2, threshold=0.5),
     "siblings": lambda: FixedLookahead(2, siblings=(1, 2)),
+    "entropy": lambda: EntropyLookahead(2, threshold=0.6, gamma=0.2),
+    "ewma": lambda: EwmaLookahead(2, MEASURED, rate=0.7, probe_rounds=2),
+    "scheduled": lambda: ScheduledLookahead(2, MEASURED, patience_rounds=1),
+    "scheduled, delayed": lambda: DelayedLookahead(2, MEASURED, delay_rounds=2),
+    "scheduled, siblings": lambda: ScheduledLookahead(2, MEASURED, patience_rounds=1, siblings=(1, 1)),
+    "estimator": lambda: EstimatorLookahead(2, MEASURED, estimator=_fitted(), patience_rounds=1),
 }
+ADAPTIVE = ["entropy", "ewma", "scheduled", "scheduled, delayed", "scheduled, siblings", "estimator"]
+# Half a pass for one token more, a fifth for a second: rows decide whether that pays.
+MEASURED = Measured(RoundCosts({1: 1.0, 2: 1.5, 3: 1.7, 4: 1.8, 5: 1.9}), (0.6, 0.6))
+
+
+def _fitted() -> MarginEstimator:
+    """Curves that refuse small margins, and go on learning from every verdict."""
+    estimator = MarginEstimator(window=20, refit_every=1, least=4)
+    for position in (1, 2):
+        for margin, survived in ((0.1, False), (0.2, False), (2.0, True), (3.0, True)):
+            estimator.add(position, margin, survived)
+    return estimator
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +155,7 @@ def _feature_drafter(kind: str, *, reduced: bool = False) -> FeatureDrafter:
         *((False, "fixed", settings) for settings in SETTINGS),
         *((True, "confidence", settings) for settings in SETTINGS),
         *((False, "siblings", settings) for settings in SETTINGS),
+        *((False, policy, settings) for policy in ADAPTIVE for settings in ("T=0.5", "T=1")),
         # Two words to propose from: the second sibling of a position does not exist.
         (True, "siblings", "T=1"),
     ],
@@ -270,6 +295,27 @@ def test_output_law_equals_the_targets(
     assert distance(law, expected) < EXACT
     # Every path was walked: the probabilities of all outputs add up to one.
     assert sum(law.values()) == pytest.approx(1.0, abs=EXACT)
+
+
+@pytest.mark.parametrize("policy", ADAPTIVE)
+def test_adaptive_policies_keep_and_refuse_in_the_walk(
+    target: MemoModel, drafters: dict[str, Drafter], policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise their law would show nothing."""
+    lengths, count = set[int](), decoder.Decoded.count
+
+    def counted(self: decoder.Decoded, proposal: Proposal, verdict: verification.Verdict) -> None:
+        # Later rounds may be cut short by the end of the answer.
+        if not self.passes:
+            lengths.add(len(proposal))
+        count(self, proposal, verdict)
+
+    monkeypatch.setattr(decoder.Decoded, "count", counted)
+    settings = SamplingSettings(temperature=1.0)
+    for seed in range(4):
+        speculative_law(target, ModelDrafter(MemoModel(tiny_model(seed + 5, layers=1))), POLICIES[policy], settings)
+    by_past = policy in {"ewma", "scheduled, delayed"}
+    assert lengths == {2} if by_past else len(lengths) > 1
 
 
 def test_law_holds_with_stop_tokens_inside_a_block(target: MemoModel, drafters: dict[str, Drafter]) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from inference.device_profile import DeviceProfile, device_name, library_versions
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.errors import InputError
 from inference.loading import load_causal_model
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.scheduled import ScheduledLookahead
 from inference.pair import Generated, Pair, _TextStream, load_lookahead, load_pair, read_pair
 from inference.target import stop_tokens, target_digest
 from tests.inference.families import greedy_reference
@@ -222,6 +224,77 @@ def test_a_draft_of_an_unknown_kind_is_refused(write_pair: Callable[..., Path]) 
 def test_policies_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_lookahead(settings)
+
+
+MEASURED = {"costs": {"passes": {"1": 1.0, "2": 1.1}, "block_seconds": 0.2, "token_seconds": 0.1}, "conditional": [0.5]}
+
+
+def _scheduled(write_pair: Callable[..., Path], measured: object, cost_profile: dict[str, object]) -> Path:
+    lookahead = {"kind": "scheduled", "tokens": 3}
+    decoding = {"precision": "fp32", "lookahead": lookahead, "measured": measured}
+    return write_pair(LOOKUP, decoding=decoding, cost_profile=cost_profile)
+
+
+@pytest.fixture
+def remeasured(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Puts a pretended profile in place, twice as slow as the pair's; where it was asked for."""
+    asked: list[Path] = []
+
+    def pretend(target: object, cache: Path) -> DeviceProfile:
+        asked.append(cache)
+        passes = {"fp32": {1: 2.0, 2: 4.0}}
+        return DeviceProfile("here", {}, passes, {}, {})
+
+    monkeypatch.setattr("inference.pair.device_profile", pretend)
+    return asked
+
+
+def test_costs_are_those_of_the_score_where_it_was_measured(
+    write_pair: Callable[..., Path], remeasured: list[Path]
+) -> None:
+    here = {"device": device_name(torch.device("cpu")), "versions": library_versions()}
+    policy = _load(_scheduled(write_pair, MEASURED, here)).lookahead
+    assert isinstance(policy, ScheduledLookahead) and not remeasured
+    assert policy.measured.costs.seconds(1) == pytest.approx(1.1 + 0.3)
+    assert policy.measured.conditional == (0.5,)
+
+
+@pytest.mark.parametrize("other", [{"device": "abacus"}, {"versions": {"torch": "0.1"}}, {}])
+def test_costs_are_measured_anew_elsewhere(
+    write_pair: Callable[..., Path], remeasured: list[Path], other: dict[str, object]
+) -> None:
+    here = {"device": device_name(torch.device("cpu")), "versions": library_versions()}
+    policy = _load(_scheduled(write_pair, MEASURED, here | other if other else {})).lookahead
+    assert isinstance(policy, ScheduledLookahead) and len(remeasured) == 1
+    # Passes as measured here; drafting twice as slow, as a pass of one token is.
+    assert policy.measured.costs.seconds(1) == pytest.approx(4.0 + 0.6)
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (None, "lookahead=scheduled weighs tokens against seconds"),
+        ({"costs": MEASURED["costs"]}, "the measurements are off: 'conditional'"),
+        (MEASURED | {"conditional": [1.5]}, "a chance lies outside"),
+        (MEASURED | {"costs": {"passes": {}}}, "the costs are off"),
+        (MEASURED | {"costs": {"passes": {"1": "soon"}}}, "the costs are off"),
+    ],
+)
+def test_a_policy_without_sound_measurements_is_refused(
+    write_pair: Callable[..., Path], measured: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        _load(_scheduled(write_pair, measured, {}))
+
+
+def test_a_pair_under_an_adaptive_policy_answers_as_its_target_alone_would(write_pair: Callable[..., Path]) -> None:
+    here = {"device": device_name(torch.device("cpu")), "versions": library_versions()}
+    folder = _scheduled(write_pair, MEASURED, here)
+    pair = _load(folder)
+    tokens = pair.generate("Why is the sky blue?", max_new_tokens=24).decoded.tokens
+    expected = greedy_reference(pair.target, pair.prompt_tokens("Why is the sky blue?"), 24)
+    assert len(tokens) == 24 or tokens[-1] in stop_tokens(pair.target)
+    assert tokens == expected[: len(tokens)]
 
 
 def test_a_block_of_nothing_proposes_nothing_whatever_the_policy() -> None:
