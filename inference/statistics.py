@@ -143,7 +143,7 @@ def find_card(
     raise KeyError(f"no scorecard of {arm} on {domain} at temperature {temperature}")
 
 
-class _Bootstrap:
+class Bootstrap:
     """Resampled sums over prompts; a prompt is one cluster, whatever temperatures it was decoded at."""
 
     def __init__(self, prompt_ids: list[str], *, seed: int, resamples: int) -> None:
@@ -171,7 +171,7 @@ class _Bootstrap:
         return Estimate(float(ratio[0]), float(low), float(high))
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: Array, denominator: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio: Array = numerator / denominator
     return ratio
@@ -189,7 +189,7 @@ def _scorecard(
     mine = [r for r in records if r.arm == arm]
     keys = {(r.prompt_id, r.temperature) for r in mine}
     base = [r for r in records if r.arm == BASELINE and (r.prompt_id, r.temperature) in keys]
-    boot = _Bootstrap([r.prompt_id for r in mine], seed=seed, resamples=resamples)
+    boot = Bootstrap([r.prompt_id for r in mine], seed=seed, resamples=resamples)
     emitted, passes = boot.sums(mine, lambda r: r.emitted), boot.sums(mine, lambda r: r.passes)
     seconds = boot.sums(mine, lambda r: r.total_seconds)
     base_emitted = boot.sums(base, lambda r: r.emitted)
@@ -197,11 +197,11 @@ def _scorecard(
     accepted, proposed = boot.sums(mine, lambda r: sum(r.accepted)), boot.sums(mine, lambda r: sum(r.proposed))
     stood = accepted + boot.sums(mine, lambda r: sum(sum(ranks) for ranks in r.siblings))
     drafts = boot.sums(mine, lambda r: sum(n for length, n in r.blocks.items() if length != "0"))
-    tau = _ratio(emitted, passes)
-    speed = _ratio(emitted, seconds)
-    speedup = _ratio(speed, _ratio(base_emitted, base_seconds))
-    target_pass = _ratio(boot.sums(base, lambda r: r.seconds["verify"]), boot.sums(base, lambda r: r.passes))
-    round_seconds = _ratio(seconds - boot.sums(mine, lambda r: r.seconds["prefill"]), passes)
+    tau = ratio(emitted, passes)
+    speed = ratio(emitted, seconds)
+    speedup = ratio(speed, ratio(base_emitted, base_seconds))
+    target_pass = ratio(boot.sums(base, lambda r: r.seconds["verify"]), boot.sums(base, lambda r: r.passes))
+    round_seconds = ratio(seconds - boot.sums(mine, lambda r: r.seconds["prefill"]), passes)
     expected = tau * target_pass / round_seconds
     depth = max((len(r.proposed) for r in mine), default=0)
     accepted_at = [boot.sums(mine, _at("accepted", k)) for k in range(depth)]
@@ -214,17 +214,17 @@ def _scorecard(
         requests=len(mine),
         tokens=int(emitted[0]),
         tau=boot.estimate(tau),
-        tau_draft=boot.estimate(_ratio(stood, passes)),
-        alpha=boot.estimate(_ratio(accepted, proposed)) if proposed[0] else None,
-        conditional=[boot.estimate(_ratio(a, p)) for a, p in zip(accepted_at, proposed_at, strict=True)],
-        survival=[boot.estimate(_ratio(a, drafts)) for a in accepted_at],
-        mean_acceptance_length=boot.estimate(1.0 + _ratio(stood, drafts)) if drafts[0] else None,
+        tau_draft=boot.estimate(ratio(stood, passes)),
+        alpha=boot.estimate(ratio(accepted, proposed)) if proposed[0] else None,
+        conditional=[boot.estimate(ratio(a, p)) for a, p in zip(accepted_at, proposed_at, strict=True)],
+        survival=[boot.estimate(ratio(a, drafts)) for a in accepted_at],
+        mean_acceptance_length=boot.estimate(1.0 + ratio(stood, drafts)) if drafts[0] else None,
         mean_block=sum(int(length) * n for r in mine for length, n in r.blocks.items()) / float(passes[0]),
         tokens_per_s=boot.estimate(speed),
         speedup=boot.estimate(speedup),
         expected_speedup=boot.estimate(expected),
-        efficiency=boot.estimate(_ratio(speedup, expected)),
-        speedup_over_tau=boot.estimate(_ratio(speedup, tau)),
+        efficiency=boot.estimate(ratio(speedup, expected)),
+        speedup_over_tau=boot.estimate(ratio(speedup, tau)),
         seconds={
             part: sum(r.seconds[part] for r in mine) / (len(mine) if part == "prefill" else float(passes[0]))
             for part in PARTS
@@ -272,10 +272,10 @@ def speed_ratio(
     common = sorted(sides[arm].keys() & sides[other].keys())
     if not common:
         raise ValueError(f"{arm} and {other} have no prompt in common")
-    boot = _Bootstrap([prompt_id for prompt_id, _ in common], seed=seed, resamples=resamples)
+    boot = Bootstrap([prompt_id for prompt_id, _ in common], seed=seed, resamples=resamples)
 
     def speed(name: str) -> Array:
         mine = [sides[name][key] for key in common]
-        return _ratio(boot.sums(mine, lambda r: r.emitted), boot.sums(mine, lambda r: r.total_seconds))
+        return ratio(boot.sums(mine, lambda r: r.emitted), boot.sums(mine, lambda r: r.total_seconds))
 
-    return boot.estimate(_ratio(speed(arm), speed(other)))
+    return boot.estimate(ratio(speed(arm), speed(other)))
