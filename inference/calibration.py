@@ -78,7 +78,9 @@ class Calibration:
             position: 1-based position in the block.
             confidence: c_k as the draft states it; clipped to [1e-6, 1 - 1e-6].
         """
-        return float(scaled(np.array([confidence]), np.array([self.temperature(position)]))[0])
+        inner = min(max(confidence, _EDGE), 1.0 - _EDGE)
+        logit = math.log(inner) - math.log1p(-inner)
+        return 0.5 * (1.0 + math.tanh(0.5 * logit / self.temperature(position)))
 
     def temperature(self, position: int) -> float:
         """T_k of a 1-based position."""

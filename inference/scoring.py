@@ -16,7 +16,7 @@ import torch
 from inference.costs import RoundCosts
 from inference.decoder import Decoded, Request, decode
 from inference.drafters import Drafter
-from inference.lookahead import Lookahead, Measured
+from inference.lookahead import Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
@@ -177,9 +177,10 @@ class BlockChoice:
     block_seconds: float = 0.0
     siblings: list[int] = field(default_factory=list)
 
-    def measured(self, passes: Mapping[int, float]) -> Measured:
-        """What adaptive policies start from, with the target's passes by width."""
-        return Measured(RoundCosts(passes, self.block_seconds, self.draft_seconds), tuple(self.conditional))
+    def measured(self, passes: Mapping[int, float], chances: Chances) -> Measured:
+        """What adaptive policies start from, with the target's passes by width and what signals are worth."""
+        costs = RoundCosts(passes, self.block_seconds, self.draft_seconds)
+        return Measured(costs, tuple(self.conditional), chances)
 
     @property
     def shape(self) -> str:
@@ -228,7 +229,7 @@ def choose_block(
     for prompt in prompts:
         for setting in settings:
             lookahead = FixedLookahead(longest, siblings=offered)
-            result = _drafted(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
+            result = decode_validation(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
             blocks.update(result.blocks)
             for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
                 accepted[k] += a
@@ -239,7 +240,9 @@ def choose_block(
             if setting is settings[0]:
                 long.add(result)
                 if longest > 1:
-                    short.add(_drafted(arm, prompt, FixedLookahead(1), setting, max_new_tokens, stop_tokens, seed))
+                    short.add(
+                        decode_validation(arm, prompt, FixedLookahead(1), setting, max_new_tokens, stop_tokens, seed)
+                    )
     # A drafter may be unable to propose that much; what it never proposed is not considered.
     longest = max(blocks, default=0) or longest
     block_seconds, token_seconds = long.costs(short)
@@ -299,7 +302,7 @@ class _Drafting:
         return here - slope * length, slope
 
 
-def _drafted(
+def decode_validation(
     arm: Arm,
     prompt: ScorePrompt,
     lookahead: Lookahead,

@@ -55,6 +55,8 @@ class ScoreConfig:
     Attributes:
         temperatures: every prompt is decoded at each of these.
         validation_prompts: per domain, used to choose block lengths and to time the arms before scoring.
+        calibration_prompts: validation prompts per domain that the draft's chances are calibrated on, where the policy
+            goes by them; half are for the fit, half to judge it.
         screen_after: prompts per domain after which an arm that is clearly slow is measured no further; 0 never.
         screen_below: an arm counts as clearly slow when the upper end of its speedup's interval over those prompts is
             below this; its figures stay, from the prompts it has seen.
@@ -64,6 +66,7 @@ class ScoreConfig:
 
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     validation_prompts: int = 1
+    calibration_prompts: int = 4
     screen_after: int = 1
     screen_below: float = 0.8
     price_per_hour: float = 0.0
@@ -74,6 +77,10 @@ class ScoreConfig:
             raise ValueError(f"score.temperatures is {self.temperatures}; give at least one, none below 0")
         if self.validation_prompts < 1 or self.screen_after < 0 or self.max_prompt_tokens < 1:
             raise ValueError("score needs validation_prompts >= 1, screen_after >= 0 and max_prompt_tokens >= 1")
+        if self.calibration_prompts < 2:
+            raise ValueError(
+                f"score.calibration_prompts is {self.calibration_prompts}; use at least 2, one to judge by"
+            )
 
 
 def score_spec(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> Spec:
@@ -148,7 +155,8 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
     prompts = _score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
     stops = stop_tokens(arms[BASELINE].target)
     plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
-    arms = {name: with_lookahead(context, arm, plan.blocks.get(name)) for name, arm in arms.items()}
+    measured = plan.measured(context)
+    arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
     _warm_up(context, arms, prompts["validation"][0], stops)
     by_id = {prompt.id: prompt for prompt in prompts["heldout"]}
     _measure(context, arms, [by_id[i] for i in plan.prompts], plan, stops, work.folder / RECORDS_FILE)
@@ -312,14 +320,13 @@ def check_scorecards(cards: list[Scorecard]) -> None:
 
 def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext) -> None:
     """Scorecard as data, table and picture; the summary goes into the manifest."""
-    passes = context.plan.profile.passes[context.plan.block_precision]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     data: dict[str, Any] = {
         "seed": context.cfg.seed,
         "price_per_hour": context.cfg.score.price_per_hour,
         "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
-        "measured": {n: c.measured(passes).to_json() for n, c in plan.blocks.items()},
+        "measured": {name: known.to_json() for name, known in plan.measured(context).items()},
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")

@@ -8,12 +8,14 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distill.prompts import rank
-from inference.lookahead import Lookahead
+from inference.lookahead import Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, score_prompt
 from inference.statistics import BASELINE
+from pipelines.calibrate import calibrate
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
 
@@ -30,11 +32,21 @@ class ScorePlan:
         blocks: block length and how it was chosen, by draft.
         prompts: ids of the held-out prompts, in the order they are decoded.
         screen_at: number of prompts after which slow arms are dropped; 0 never.
+        chances: what each draft's signals are worth, as JSON; see `inference.lookahead.Chances`.
     """
 
     blocks: dict[str, BlockChoice]
     prompts: list[str]
     screen_at: int
+    chances: dict[str, dict[str, Any]]
+
+    def measured(self, context: RunContext) -> dict[str, Measured]:
+        """What the policies start from, by draft."""
+        passes = context.plan.profile.passes[context.plan.block_precision]
+        return {
+            name: choice.measured(passes, Chances.from_json(self.chances[name], where="score plan"))
+            for name, choice in self.blocks.items()
+        }
 
 
 def _by_domain(prompts: list[ScorePrompt], seed: int) -> list[list[ScorePrompt]]:
@@ -59,12 +71,16 @@ def make_score_plan(
     if path.is_file():
         data = read_json(path)
         return ScorePlan(
-            {name: BlockChoice(**choice) for name, choice in data["blocks"].items()}, data["prompts"], data["screen_at"]
+            {name: BlockChoice(**choice) for name, choice in data["blocks"].items()},
+            data["prompts"],
+            data["screen_at"],
+            data["chances"],
         )
     cfg = context.cfg
     validation = _round_robin(_by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
     start = time.monotonic()
     blocks, seconds_per_token = _choose_blocks(context, arms, validation, stops)
+    chances = _calibrate(context, arms, blocks, prompts["validation"], stops, path.parent)
     spent = time.monotonic() - start
     groups = _by_domain(prompts["heldout"], cfg.seed)
     count = cfg.budget.score_prompts
@@ -82,7 +98,7 @@ def make_score_plan(
         count = max(2, count if screened else int(left / len(groups) / per_prompt))
     chosen = _round_robin(groups, count)
     screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
-    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at)
+    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at, chances)
     write_json(path, asdict(plan))
     lengths = ", ".join(f"{name} {choice.shape}" for name, choice in blocks.items())
     logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
@@ -133,10 +149,47 @@ def _choose_blocks(
     return blocks, seconds
 
 
-def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None) -> Arm:
-    """The arm with the policy it is scored under."""
+def _calibrate(
+    context: RunContext,
+    arms: dict[str, Arm],
+    blocks: dict[str, BlockChoice],
+    validation: list[ScorePrompt],
+    stops: frozenset[int],
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """What the signals of every draft are worth; taken as they are for policies that do not go by them."""
+    cfg = context.cfg
+    if not cfg.lookahead.calibrates:
+        return {name: Chances().to_json() for name in blocks}
+    chosen = _round_robin(_by_domain(validation, cfg.seed), cfg.score.calibration_prompts)
+    found = {
+        name: calibrate(
+            arms[name],
+            chosen,
+            tokens=choice.tokens,
+            settings=[cfg.decode.settings(t) for t in cfg.score.temperatures],
+            max_new_tokens=cfg.decode.max_new_tokens,
+            stop_tokens=stops,
+            seed=cfg.seed,
+            folder=folder,
+        )
+        for name, choice in blocks.items()
+    }
+    return {name: chances.to_json() for name, chances in found.items()}
+
+
+def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, measured: Measured | None = None) -> Arm:
+    """The arm with the policy it is scored under.
+
+    Args:
+        context: of the run.
+        arm: target and drafter.
+        choice: block of the draft; None for the baseline.
+        measured: of the draft; None for a block of the chosen length whatever the policy, as the time plan wants it.
+    """
     lookahead: Lookahead = FixedLookahead(0)
-    if choice is not None:
-        measured = choice.measured(context.plan.profile.passes[context.plan.block_precision])
+    if choice is not None and measured is None:
+        lookahead = FixedLookahead(choice.tokens, siblings=choice.siblings)
+    elif choice is not None:
         lookahead = context.cfg.lookahead.build(choice.tokens, choice.siblings, measured)
     return Arm(arm.name, arm.target, arm.drafter, lookahead)

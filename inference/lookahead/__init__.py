@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from inference.calibration import Calibration
 from inference.costs import RoundCosts
 from inference.errors import InputError
 
@@ -45,20 +46,88 @@ class Visible:
 
 
 @dataclass(frozen=True)
+class Chances:
+    """The chance that a position survives given the earlier ones, from what is known before its token is drawn.
+
+    Attributes:
+        source: `confidence`, the draft's own, calibrated; or `margin`, by a logistic curve per position.
+        calibration: of the confidences; None takes them as they are.
+        curves: (b, w) by position: sigmoid(b + w * margin); positions beyond the last use the last.
+    """
+
+    source: str = "confidence"
+    calibration: Calibration | None = None
+    curves: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.source not in ("confidence", "margin") or (self.source == "margin" and not self.curves):
+            raise ValueError(
+                f"chances come from {self.source!r} with {len(self.curves)} curves; choose confidence, or "
+                "margin with a curve at least"
+            )
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Fields of `Signals` that are needed: a drafter without rows has no margins, only confidences."""
+        return frozenset({"confidence", "margin"} if self.source == "margin" else {"confidence"})
+
+    def of(self, signals: Sequence[Signals]) -> list[float]:
+        """c_1..c_k, by position."""
+        return [self._chance(position, known) for position, known in enumerate(signals, start=1)]
+
+    def _chance(self, position: int, known: Signals) -> float:
+        if self.source == "margin" and not math.isnan(known.margin):
+            intercept, slope = self.curves[min(position, len(self.curves)) - 1]
+            return 0.5 * (1.0 + math.tanh(0.5 * (intercept + slope * known.margin)))
+        return self.calibration.apply(position, known.confidence) if self.calibration else known.confidence
+
+    def to_json(self) -> dict[str, Any]:
+        """For `pair.json`."""
+        return {
+            "source": self.source,
+            "calibration": self.calibration and self.calibration.to_json(),
+            "curves": [list(curve) for curve in self.curves],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str) -> "Chances":
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: a part is missing or is not what it should be.
+        """
+        try:
+            curves = tuple((float(intercept), float(slope)) for intercept, slope in data["curves"])
+            if not all(math.isfinite(number) for curve in curves for number in curve):
+                raise ValueError("a curve is not finite")
+            known = data["calibration"]
+            calibration = None if known is None else Calibration.from_json(known, where=where)
+            return cls(str(data["source"]), calibration, curves)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the chances are off: {error}", where=where, mend="publish the pair again") from None
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of a draft before, on validation prompts; for policies that weigh tokens against seconds.
 
     Attributes:
         costs: of a round, on this device.
         conditional: acceptance of each position given that all before it stood.
+        chances: how signals become chances of survival.
     """
 
     costs: RoundCosts
     conditional: tuple[float, ...]
+    chances: Chances = Chances()
 
     def to_json(self) -> dict[str, Any]:
         """For `pair.json`."""
-        return {"costs": self.costs.to_json(), "conditional": list(self.conditional)}
+        return {
+            "costs": self.costs.to_json(),
+            "conditional": list(self.conditional),
+            "chances": self.chances.to_json(),
+        }
 
     @classmethod
     def from_json(cls, data: Any, *, where: str) -> "Measured":
@@ -71,10 +140,10 @@ class Measured:
             conditional = tuple(float(chance) for chance in data["conditional"])
             if not all(0.0 <= chance <= 1.0 for chance in conditional):
                 raise ValueError("a chance lies outside [0, 1]")
-            costs = data["costs"]
+            costs, chances = data["costs"], data["chances"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the measurements are off: {error}", where=where, mend="publish the pair again") from None
-        return cls(RoundCosts.from_json(costs, where=where), conditional)
+        return cls(RoundCosts.from_json(costs, where=where), conditional, Chances.from_json(chances, where=where))
 
 
 @dataclass(kw_only=True)
@@ -89,10 +158,12 @@ class BlockConfig:
         siblings: tokens offered beside the one at each position, where `tokens` is set.
         siblings_auto: most of them beside one position that the automatic choice may take; 0 for chains alone.
         weighs_costs: whether the policy needs measured seconds.
+        calibrates: whether the policy goes by chances, which are worth calibrating first.
         learns: whether requests change what later requests are proposed.
     """
 
     weighs_costs: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     learns: ClassVar[bool] = False
 
     kind: str
@@ -187,3 +258,28 @@ class SteadyLookahead:
 
     def observe(self, num_proposed: int, num_accepted: int) -> None:
         """Nothing is learnt."""
+
+
+class RecordingLookahead(SteadyLookahead):
+    """Proposes whole blocks and keeps what was known of them before the verdict; for calibration.
+
+    Attributes:
+        rounds: signals of what was proposed, and how many of the tokens stood; rounds without a proposal left out.
+    """
+
+    reads = frozenset({"confidence", "margin"})
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.rounds: list[tuple[tuple[Signals, ...], int]] = []
+        self._signals: tuple[Signals, ...] = ()
+
+    def keeps(self, visible: Visible) -> bool:
+        """See `Lookahead.keeps`."""
+        self._signals = visible.signals
+        return super().keeps(visible)
+
+    def observe(self, num_proposed: int, num_accepted: int) -> None:
+        """One round more."""
+        if num_proposed:
+            self.rounds.append((self._signals[:num_proposed], num_accepted))

@@ -65,7 +65,6 @@ class EstimatorLookahead(ScheduledLookahead):
     A drafter without rows has no margins; its own confidence stands in.
     """
 
-    reads = frozenset({"confidence", "margin"})
     learns = True
 
     def __init__(
@@ -78,6 +77,7 @@ class EstimatorLookahead(ScheduledLookahead):
         siblings: Sequence[int] = (),
     ) -> None:
         super().__init__(tokens, measured, patience_rounds=patience_rounds, siblings=siblings)
+        self.reads = frozenset({"confidence", "margin"})
         self.estimator = estimator
         self._margins: list[float] = []
 

@@ -35,6 +35,7 @@ class Config(BlockConfig):
     """
 
     weighs_costs = True
+    calibrates = True
 
     kind: str = "scheduled"
     tokens: int = 8
@@ -99,11 +100,10 @@ class Pause:
 class ScheduledLookahead(SteadyLookahead):
     """Admits positions while they pay. Subclasses may know better than the draft how likely a token is to stand."""
 
-    reads = frozenset({"confidence"})
-
     def __init__(self, tokens: int, measured: Measured, *, patience_rounds: int, siblings: Sequence[int] = ()) -> None:
         super().__init__(tokens, siblings=siblings)
         self.longest, self.measured = tokens, measured
+        self.reads = measured.chances.reads
         self.pause = Pause(patience_rounds)
 
     def begin(self) -> "ScheduledLookahead":
@@ -113,7 +113,7 @@ class ScheduledLookahead(SteadyLookahead):
 
     def chances(self, visible: Visible) -> list[float]:
         """c_1..c_k of the positions so far."""
-        return [known.confidence for known in visible.signals]
+        return self.measured.chances.of(visible.signals)
 
     def keeps(self, visible: Visible) -> bool:
         """See `Lookahead.keeps`."""
@@ -145,6 +145,7 @@ class DelayedLookahead(SteadyLookahead):
     def __init__(self, tokens: int, measured: Measured, *, delay_rounds: int, siblings: Sequence[int] = ()) -> None:
         super().__init__(tokens, siblings=siblings)
         self.longest, self.measured, self.delay_rounds = tokens, measured, delay_rounds
+        self.reads = measured.chances.reads
         known = measured.conditional or (0.5,)
         start = [known[min(k, len(known) - 1)] for k in range(tokens)]
         self._latest = start
@@ -158,9 +159,8 @@ class DelayedLookahead(SteadyLookahead):
 
     def keeps(self, visible: Visible) -> bool:
         """See `Lookahead.keeps`; this round's confidences are noted for later rounds and change nothing now."""
-        for position, known in enumerate(visible.signals):
-            if position < self.longest:
-                self._latest = [*self._latest[:position], known.confidence, *self._latest[position + 1 :]]
+        chances = self.measured.chances.of(visible.signals)[: self.longest]
+        self._latest = [*chances, *self._latest[len(chances) :]]
         return super().keeps(visible)
 
     def observe(self, num_proposed: int, num_accepted: int) -> None:

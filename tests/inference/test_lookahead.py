@@ -1,15 +1,21 @@
 """Policies position by position and round by round, and their settings."""
 
+import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from inference.calibration import Calibration
 from inference.costs import RoundCosts
+from inference.errors import InputError
 from inference.lookahead import (
     BlockConfig,
+    Chances,
     Lookahead,
     Measured,
+    RecordingLookahead,
     Signals,
     Visible,
     confidence,
@@ -250,6 +256,80 @@ def test_without_rows_the_estimator_goes_by_the_drafters_own_chance() -> None:
     assert _kept(policy, _sure(0.01, 0.9)) == 0
     policy.observe(2, 0)
     assert policy.estimator.parameters(1) is None
+
+
+# Chances
+
+
+CALIBRATION = Calibration((2.0, 0.5))
+CURVES = ((-1.0, 0.5), (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("chances", "signals", "expected"),
+    [
+        (Chances(), (0.9, 3.0), 0.9),
+        # logit 0.9 = log 9; halved it is log 3, and 3 : 1 is 0.75.
+        (Chances(calibration=CALIBRATION), (0.9, 3.0), 0.75),
+        # sigmoid(-1 + 0.5 * 2) = 0.5.
+        (Chances("margin", CALIBRATION, CURVES), (0.9, 2.0), 0.5),
+        # Look-up has no margin; its own chance, calibrated, stands in.
+        (Chances("margin", CALIBRATION, CURVES), (0.9, math.nan), 0.75),
+    ],
+)
+def test_chances_come_from_where_they_predict_best(
+    chances: Chances, signals: tuple[float, float], expected: float
+) -> None:
+    known = Signals(confidence=signals[0], margin=signals[1])
+    assert chances.of([known]) == pytest.approx([expected])
+    assert Chances.from_json(json.loads(json.dumps(chances.to_json())), where="pair.json") == chances
+
+
+def test_positions_beyond_the_last_curve_use_the_last() -> None:
+    # sigmoid(-1 + 0.5), then sigmoid(1) twice.
+    found = Chances("margin", None, CURVES).of([Signals(confidence=0.0, margin=1.0)] * 3)
+    assert found == pytest.approx([0.37754, 0.73106, 0.73106], abs=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "kept"), [(0.2, 1), (5.0, 0)])
+@pytest.mark.parametrize("module", [confidence, scheduled])
+def test_policies_go_by_calibrated_chances(module: Any, temperature: float, kept: int) -> None:
+    # 0.6 becomes sigmoid(5 log 1.5) = 0.88 or sigmoid(log 1.5 / 5) = 0.52; 0.8 is asked for, by the threshold or by
+    # what the token costs.
+    measured = Measured(RoundCosts({1: 1.0, 2: 1.8}), (), Chances(calibration=Calibration((temperature,))))
+    config = module.Config(threshold=0.8) if module is confidence else module.Config()
+    assert _kept(config.build(1, (), measured), _sure(0.6)) == kept
+
+
+def test_a_margin_is_asked_for_only_where_it_is_used() -> None:
+    by_margin = Measured(CHEAP, (), Chances("margin", None, CURVES))
+    assert scheduled.Config().build(2, (), by_margin).reads == {"confidence", "margin"}
+    assert scheduled.Config().build(2, (), MEASURED).reads == {"confidence"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "hope"}, "chances come from 'hope'"),
+        ({"source": "margin"}, "chances come from 'margin' with 0 curves"),
+        ({"curves": [[1.0]]}, "the chances are off"),
+        ({"curves": [[1.0, math.inf]]}, "a curve is not finite"),
+        ({"calibration": {"temperatures": [-1.0]}}, "not a calibration"),
+    ],
+)
+def test_chances_that_are_off_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Chances.from_json(Chances().to_json() | changes, where="pair.json")
+
+
+def test_a_recording_keeps_what_was_known_and_what_became_of_it() -> None:
+    recording = RecordingLookahead(2)
+    assert recording.begin() is recording
+    signals = _sure(0.9, 0.8, 0.7)
+    assert _kept(recording, signals) == 2
+    recording.observe(2, 1)
+    recording.observe(0, 0)
+    assert recording.rounds == [(tuple(signals[:2]), 1)]
 
 
 # What a policy may look at

@@ -13,6 +13,7 @@ from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.errors import InputError
 from inference.loading import load_causal_model
+from inference.lookahead import Signals
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import ScheduledLookahead
@@ -226,7 +227,11 @@ def test_policies_that_do_not_exist_are_refused(settings: dict[str, Any], messag
         load_lookahead(settings)
 
 
-MEASURED = {"costs": {"passes": {"1": 1.0, "2": 1.1}, "block_seconds": 0.2, "token_seconds": 0.1}, "conditional": [0.5]}
+MEASURED: dict[str, Any] = {
+    "costs": {"passes": {"1": 1.0, "2": 1.1}, "block_seconds": 0.2, "token_seconds": 0.1},
+    "conditional": [0.5],
+    "chances": {"source": "confidence", "calibration": {"temperatures": [2.0]}, "curves": []},
+}
 
 
 def _scheduled(write_pair: Callable[..., Path], measured: object, cost_profile: dict[str, object]) -> Path:
@@ -257,6 +262,7 @@ def test_costs_are_those_of_the_score_where_it_was_measured(
     assert isinstance(policy, ScheduledLookahead) and not remeasured
     assert policy.measured.costs.seconds(1) == pytest.approx(1.1 + 0.3)
     assert policy.measured.conditional == (0.5,)
+    assert policy.measured.chances.of([Signals(confidence=0.9)]) == pytest.approx([0.75])
 
 
 @pytest.mark.parametrize("other", [{"device": "abacus"}, {"versions": {"torch": "0.1"}}, {}])

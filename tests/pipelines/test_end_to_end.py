@@ -288,6 +288,23 @@ def test_a_pair_of_every_kind_repeats_its_scored_tokens(finished: Finished, tmp_
     assert verify.verify(published(finished, arm, tmp_path), cache=finished.place.cache) == 4
 
 
+@pytest.mark.parametrize("policy", ["scheduled", "estimator"])
+def test_a_pair_under_an_adaptive_policy_is_scored_published_and_repeats(
+    finished: Finished, tmp_path: Path, policy: str
+) -> None:
+    place = copied(finished, tmp_path)
+    text, code = run(place.words(f"lookahead={policy}", "lookahead.tokens=3", "publish.name=adaptive"))
+    assert code == 0, text
+    folder = place.registry / "adaptive" / "v1"
+    pair = read(folder / "pair.json")
+    assert pair["decoding"]["lookahead"]["kind"] == policy
+    # Which draft wins on a tiny target is the machine's mood; target-only needs no measurements.
+    assert pair["draft"]["name"] == "none" or pair["decoding"]["measured"]["costs"]["passes"]
+    temperatures = {check["temperature"] for check in read(folder / "checks.json")}
+    assert temperatures == ({0.0} if policy == "estimator" else {0.0, 1.0})
+    assert verify.verify(folder, cache=place.cache) > 0
+
+
 def test_a_flipped_byte_in_the_draft_is_found(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
