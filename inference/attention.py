@@ -7,10 +7,10 @@ A sibling stands beside a token of the chain in front of it (`inference.drafters
 for, causal or windowed, its row is that of the token it stands beside, with itself in that token's place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,5 +95,46 @@ def sibling_mask(batch_size: int, q_length: int, kv_length: int, **options: Any)
     return torch.cat([mask[:, :, :first], rows], dim=2)
 
 
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sibling_mask)
+class Attending(Protocol):
+    """Another way for a pass to attend; see `overridden`."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """As `grouped_attention`."""
+
+    def mask(self, mask_function: Callable[..., Tensor], **options: Any) -> Tensor:
+        """As transformers' `sdpa_mask`."""
+
+
+_OVERRIDE: ContextVar[Attending | None] = ContextVar("override", default=None)
+
+
+@contextmanager
+def overridden(attending: Attending) -> Iterator[None]:
+    """Passes inside the block, of models that use `GROUPED`, attend and mask in a way of their own."""
+    token = _OVERRIDE.set(attending)
+    try:
+        yield
+    finally:
+        _OVERRIDE.reset(token)
+
+
+def _attention(*states: Any, **options: Any) -> tuple[Tensor, None]:
+    override = _OVERRIDE.get()
+    return grouped_attention(*states, **options) if override is None else override.attend(*states, **options)
+
+
+def _mask(**options: Any) -> Tensor | None:
+    override = _OVERRIDE.get()
+    return sibling_mask(**options) if override is None else override.mask(**options)
+
+
+AttentionInterface.register(GROUPED, _attention)
+AttentionMaskInterface.register(GROUPED, _mask)
