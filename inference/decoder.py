@@ -146,7 +146,7 @@ def decode(
     result = Decoded()
     clock = _Clock(result.seconds, prompt.device)
     start = clock.now()
-    context = _Context(prompt, capacity=prompt.shape[0] + budget)
+    context = VerifiedTokens(prompt, capacity=prompt.shape[0] + budget)
     cache = target.new_cache()
     policy = lookahead.begin()
     reader = drafter if isinstance(drafter, ReadsFeatures) else None
@@ -177,15 +177,15 @@ def decode(
                 emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
                 if verdict.sibling is not None:
                     row = logits[1 + len(proposal) + verdict.sibling]
-                    emitted.append(_after_sibling(row, context.tokens, emitted, request.settings, generator))
+                    emitted.append(after_sibling(row, context.tokens, emitted, request.settings, generator))
                 result.count(proposal, verdict)
-                emitted, finished = _up_to_stop(emitted, request.stop_tokens)
+                emitted, finished = up_to_stop(emitted, request.stop_tokens)
                 result.tokens += emitted
                 context.append(emitted)
                 finished = finished or len(result.tokens) >= budget
             with clock.part("cache"):
                 result.cache_nbytes = cache.nbytes()
-                anchor, kept = cache.length - width, _kept(proposal, verdict)
+                anchor, kept = cache.length - width, kept_rows(proposal, verdict)
                 if verdict.sibling is not None:
                     cache.move(anchor + kept[-1], anchor + len(kept) - 1)
                 cache.rollback(anchor + len(kept))
@@ -226,7 +226,7 @@ def judge(
     return verify_sampled(proposal.tokens, proposal.probs, probs, generator=generator, siblings=beside, slots=slots)
 
 
-def _after_sibling(
+def after_sibling(
     row: torch.Tensor, context: torch.Tensor, emitted: list[int], settings: SamplingSettings, generator: Source
 ) -> int:
     """The token the target adds after a sibling that stands, the last of `emitted`, from the sibling's own raw row."""
@@ -235,7 +235,7 @@ def _after_sibling(
     return int(processed.argmax() if settings.greedy else generator.categorical(torch.softmax(processed, dim=-1)))
 
 
-def _kept(proposal: Proposal, verdict: Verdict) -> list[int]:
+def kept_rows(proposal: Proposal, verdict: Verdict) -> list[int]:
     """Rows of the pass whose tokens stand: the anchor's and the proposed ones'; the next anchor was not fed yet."""
     kept = list(range(1 + verdict.num_accepted))
     return kept if verdict.sibling is None else [*kept, 1 + len(proposal) + verdict.sibling]
@@ -255,7 +255,7 @@ def check_prompt_length(num_tokens: int, context_limit: int) -> None:
         )
 
 
-class _Context:
+class VerifiedTokens:
     """Verified tokens in one preallocated buffer, so that no round copies the context."""
 
     def __init__(self, prompt: torch.Tensor, *, capacity: int) -> None:
@@ -274,7 +274,7 @@ class _Context:
         self._length = end
 
 
-def _up_to_stop(tokens: list[int], stops: frozenset[int]) -> tuple[list[int], bool]:
+def up_to_stop(tokens: list[int], stops: frozenset[int]) -> tuple[list[int], bool]:
     """Cut after the first stop token, if there is one."""
     for index, token in enumerate(tokens):
         if token in stops:

@@ -1,9 +1,7 @@
-"""Many requests in one target pass: a cache of slots, and the pass over blocks of different widths.
-
-Not a scheduler: who joins, who leaves and how wide a block is are the caller's decisions.
-"""
+"""Many requests decoded together: a cache of slots, one pass over blocks of different widths, and the engine."""
 
 from inference.batch.cache import Placement, SlotCache
+from inference.batch.engine import BatchEngine, Handle, Outcome, QueueFull
 from inference.batch.ragged import check_ragged, ragged_logits
 
-__all__ = ["SlotCache", "Placement", "check_ragged", "ragged_logits"]
+__all__ = ["BatchEngine", "Handle", "Outcome", "Placement", "QueueFull", "SlotCache", "check_ragged", "ragged_logits"]

@@ -206,12 +206,16 @@ class Lookahead(Protocol):
     """A policy.
 
     Attributes:
+        longest: no block is ever longer than this.
         max_tokens: no block of the coming round is longer than this.
         siblings: how many tokens are offered beside the one at each position, from the first; fixed before the request,
             and 0 for positions beyond the last entry.
         reads: fields of `Signals` that drafters must supply.
         learns: whether requests change what later requests are proposed.
     """
+
+    @property
+    def longest(self) -> int: ...
 
     @property
     def max_tokens(self) -> int: ...
@@ -245,7 +249,7 @@ class SteadyLookahead:
     learns = False
 
     def __init__(self, tokens: int, *, siblings: Sequence[int] = ()) -> None:
-        self.max_tokens = tokens
+        self.longest = self.max_tokens = tokens
         self.siblings = tuple(siblings)
 
     def begin(self) -> "Lookahead":

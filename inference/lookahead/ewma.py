@@ -56,7 +56,6 @@ class EwmaLookahead(SteadyLookahead):
         super().__init__(tokens, siblings=siblings)
         self.measured, self.rate, self.probe_rounds = measured, rate, probe_rounds
         known = measured.conditional or (0.5,)
-        self.longest = tokens
         self.conditional = [known[min(k, len(known) - 1)] for k in range(tokens)]
         self._rounds = 0
         self._choose()

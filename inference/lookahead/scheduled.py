@@ -102,7 +102,7 @@ class ScheduledLookahead(SteadyLookahead):
 
     def __init__(self, tokens: int, measured: Measured, *, patience_rounds: int, siblings: Sequence[int] = ()) -> None:
         super().__init__(tokens, siblings=siblings)
-        self.longest, self.measured = tokens, measured
+        self.measured = measured
         self.reads = measured.chances.reads
         self.pause = Pause(patience_rounds)
 
@@ -144,7 +144,7 @@ class DelayedLookahead(SteadyLookahead):
 
     def __init__(self, tokens: int, measured: Measured, *, delay_rounds: int, siblings: Sequence[int] = ()) -> None:
         super().__init__(tokens, siblings=siblings)
-        self.longest, self.measured, self.delay_rounds = tokens, measured, delay_rounds
+        self.measured, self.delay_rounds = measured, delay_rounds
         self.reads = measured.chances.reads
         known = measured.conditional or (0.5,)
         start = [known[min(k, len(known) - 1)] for k in range(tokens)]

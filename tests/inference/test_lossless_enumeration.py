@@ -256,8 +256,8 @@ def test_what_a_feature_draft_proposes_after_a_prefix_does_not_depend_on_how_it_
 def test_mutant_features_of_the_rejected_token_in_place_of_the_siblings_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept = decoder._kept
-    monkeypatch.setattr(decoder, "_kept", lambda *args: list(range(len(kept(*args)))))
+    kept = decoder.kept_rows
+    monkeypatch.setattr(decoder, "kept_rows", lambda *args: list(range(len(kept(*args)))))
     watched, policy = _Watched(_feature_drafter("eagle3")), functools.partial(FixedLookahead, 2, siblings=(1, 0))
     with pytest.raises(AssertionError):
         speculative_law(MemoModel(tiny_model(1)), watched, policy, SETTINGS["T=1"], length=4)
@@ -498,8 +498,8 @@ SIBLING_MUTANTS: dict[str, Callable[[pytest.MonkeyPatch, MemoModel], None]] = {
     ),
     "the next token from the row of the rejected one": lambda patch, _: patch.setattr(
         decoder,
-        "_after_sibling",
-        lambda row, context, *rest, own=decoder._after_sibling: own(row.flip(0), context, *rest),
+        "after_sibling",
+        lambda row, context, *rest, own=decoder.after_sibling: own(row.flip(0), context, *rest),
     ),
     "a sibling sees the token beside it": lambda patch, target: patch.setattr(
         target, "logits", functools.partial(_other_target_pass_for_siblings, target)
