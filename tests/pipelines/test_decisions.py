@@ -204,7 +204,7 @@ def test_a_greedy_mismatch_that_rounding_does_not_explain_is_an_error() -> None:
 # What a killed score left
 
 
-PLAN = ScorePlan({"pruned": BlockChoice(1, [0.5], 0.0, [1.0])}, [f"p{i}" for i in range(4)], screen_at=2)
+PLAN = ScorePlan({"pruned": BlockChoice(1, [0.5], 0.0, [1.0])}, [f"p{i}" for i in range(4)], screen_at=2, chances={})
 
 
 def test_whole_requests_stay_and_a_cut_one_goes() -> None:
