@@ -53,6 +53,25 @@ class Proposal:
         )
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What one request wants drafted in the coming round.
+
+    Attributes:
+        context: int64 `[T]`, all verified, its last token the anchor.
+        limit: most tokens.
+        lookahead: the request's policy.
+        settings: how it samples.
+        generator: source of its random decisions.
+    """
+
+    context: torch.Tensor
+    limit: int
+    lookahead: Lookahead
+    settings: SamplingSettings
+    generator: Source
+
+
 class Drafter(Protocol):
     """Proposes tokens for one request at a time.
 

@@ -59,7 +59,13 @@ def draw_token(
     row = process_logits(logits, context=history, block=tokens[:0], settings=settings)[0]
     probs = None if settings.greedy else torch.softmax(row, dim=-1)
     if lookahead.reads:
-        so_far = (*so_far, _signals(row, probs, confidence, reads=lookahead.reads))
+        [signals] = row_signals(
+            row[None],
+            None if probs is None else probs[None],
+            None if confidence is None else confidence[None],
+            reads=lookahead.reads,
+        )
+        so_far = (*so_far, signals)
         if not lookahead.keeps(Visible(tokens.shape[0] + 1, so_far)):
             return None
     beside = lookahead.siblings[tokens.shape[0]] if tokens.shape[0] < len(lookahead.siblings) else 0
@@ -81,19 +87,31 @@ def draw_token(
     return Drawn(token, probs, torch.cat(siblings), so_far)
 
 
-def _signals(
-    row: torch.Tensor, probs: torch.Tensor | None, confidence: torch.Tensor | None, *, reads: frozenset[str]
-) -> Signals:
-    """What a policy reads of a row `[V]` of processed logits; one transfer from the device, whatever it reads."""
+def plain(settings: SamplingSettings) -> bool:
+    """Whether a row of logits needs a temperature and no further processing."""
+    return settings.repetition_penalty == 1.0 and not settings.top_k and settings.top_p == 1.0
+
+
+def row_signals(
+    rows: torch.Tensor, probs: torch.Tensor | None, confidence: torch.Tensor | None, *, reads: frozenset[str]
+) -> list[Signals]:
+    """What policies read of rows `[n, V]` of processed logits; one transfer from the device, whatever they read.
+
+    Args:
+        rows: processed logits.
+        probs: their softmax, where one was made.
+        confidence: `[n]`, chances that the tokens survive; None takes the largest probabilities.
+        reads: fields of `Signals`.
+    """
     values: dict[str, torch.Tensor] = {}
     if probs is None and reads != {"margin"}:
-        probs = torch.softmax(row, dim=-1)
+        probs = torch.softmax(rows, dim=-1)
     if "confidence" in reads and probs is not None:
-        values["confidence"] = probs.max() if confidence is None else confidence
+        values["confidence"] = probs.amax(dim=-1) if confidence is None else confidence
     if "entropy" in reads and probs is not None:
-        values["entropy"] = torch.special.entr(probs).sum()
+        values["entropy"] = torch.special.entr(probs).sum(dim=-1)
     if "margin" in reads:
-        best = row.topk(2).values
-        values["margin"] = (best[0] - best[1]).clamp(max=_WIDEST_MARGIN)
-    numbers = torch.stack([value.double() for value in values.values()]).tolist()
-    return Signals(**dict(zip(values, numbers, strict=True)))
+        best = rows.topk(2, dim=-1).values
+        values["margin"] = (best[:, 0] - best[:, 1]).clamp(max=_WIDEST_MARGIN)
+    columns = torch.stack([value.double() for value in values.values()], dim=-1).tolist()
+    return [Signals(**dict(zip(values, numbers, strict=True))) for numbers in columns]

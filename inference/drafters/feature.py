@@ -4,12 +4,17 @@ Features arrive from the decoder for tokens that are verified, so nothing is eve
 and a block leaves no trace.
 """
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from inference.drafters import LoadContext, Proposal
-from inference.drafters._token import draw_token
-from inference.feature_drafts import FeatureNetwork
+import torch
+from torch import Tensor
+
+from inference.drafters import Ask, LoadContext, Proposal
+from inference.drafters._token import draw_token, plain, row_signals
+from inference.feature_drafts import FeatureNetwork, Step
 from inference.feature_drafts._checkpoint import load_network
+from inference.feature_drafts._layers import DraftContext
 from inference.lookahead import Lookahead, Signals, Visible
 from inference.precision import model_nbytes
 from inference.randomness import Source
@@ -17,11 +22,12 @@ from inference.sampling import SamplingSettings
 
 
 class FeatureDrafter:
-    """Drives a feature network through rounds.
+    """Drives a feature network through the rounds of one request.
 
     Confidence of a position is the network's own head where it has one, else the largest probability of the row.
 
     Attributes:
+        network: may be shared by drafters.
         taps: target layers whose outputs `read` is given.
     """
 
@@ -31,55 +37,27 @@ class FeatureDrafter:
         self.network = network
         self.taps = tuple(network.taps)
         self._cache = network.new_cache()
-        self._unread: list[torch.Tensor] = []
+        self._unread: list[Tensor] = []
 
-    def begin(self, prompt: torch.Tensor) -> None:
+    def begin(self, prompt: Tensor) -> None:
         """Forget the last request."""
         self._cache.clear()
         self._unread.clear()
 
-    def read(self, features: torch.Tensor) -> None:
+    def read(self, features: Tensor) -> None:
         """Features `[n, m * D]` of tokens that were just verified; projected when a block is next asked for."""
         self._unread.append(features)
 
     def propose(
-        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+        self, context: Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
     ) -> Proposal:
         """See `Drafter.propose`. The whole trained block is computed whatever the limit; its first slots are used."""
-        tokens = context[:0]
-        limit = min(limit, self.network.block)
         # A prompt of one token leaves nothing to read.
         if limit < 1 or context.shape[0] < 2:
-            return Proposal(tokens)
+            return Proposal(context[:0])
         self._catch_up(context)
-        block = self.network.begin_block(context[-1], self._cache)
-        rows: list[torch.Tensor] = []
-        siblings: list[torch.Tensor] = []
-        signals: tuple[Signals, ...] = ()
-        previous = context[-1]
-        while tokens.shape[0] < limit:
-            position = tokens.shape[0] + 1
-            if not lookahead.reads and not lookahead.keeps(Visible(position)):
-                break
-            step = self.network.step(block, position - 1, previous, confidence="confidence" in lookahead.reads)
-            drawn = draw_token(
-                self._over_the_vocabulary(step.logits)[None],
-                context,
-                tokens,
-                settings=settings,
-                generator=generator,
-                lookahead=lookahead,
-                so_far=signals,
-                confidence=step.confidence,
-            )
-            if drawn is None:
-                break
-            previous, signals = drawn.token, drawn.signals
-            tokens = torch.cat([tokens, previous[None]])
-            siblings.append(drawn.siblings)
-            if drawn.row is not None:
-                rows.append(drawn.row)
-        return Proposal.of(tokens, rows, siblings)
+        ask = Ask(context, limit, lookahead, settings, generator)
+        return propose_blocks(self.network, self._cache, [ask])[0]
 
     def rollback(self, num_accepted: int) -> None:
         """Nothing to take back: a block is never written into the context."""
@@ -88,7 +66,7 @@ class FeatureDrafter:
         """See `Drafter.nbytes`; the target's embedding and head are borrowed and not counted."""
         return model_nbytes(self.network) + self._cache.nbytes()
 
-    def _catch_up(self, context: torch.Tensor) -> None:
+    def _catch_up(self, context: Tensor) -> None:
         """Project the features that came since the last block."""
         if self._unread:
             features = torch.cat(self._unread) if len(self._unread) > 1 else self._unread[0]
@@ -96,13 +74,180 @@ class FeatureDrafter:
             self.network.read(features, context[start + 1 : start + 1 + features.shape[0]], self._cache)
             self._unread.clear()
 
-    def _over_the_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits over the target's vocabulary, `[V]`; what the draft cannot propose is -inf."""
-        ids = self.network.vocabulary
-        if ids is None:
-            return logits
-        spread = logits.new_full((self.network.shape.vocab,), -torch.inf)
-        return spread.index_copy_(0, ids, logits)
+
+def propose_blocks(network: FeatureNetwork, cache: DraftContext, asks: Sequence[Ask]) -> list[Proposal]:
+    """Draft the blocks of requests that have each read something, slot by slot, all requests at once.
+
+    A request's block does not depend on the others'; it ends where its policy or its limit says so, and the rest of its
+    rows is computed for nothing.
+
+    Args:
+        network: of the draft.
+        cache: contexts of the requests, in the same order.
+        asks: what each wants, with a limit of at least 1.
+    """
+    blocks = [_Block(ask, min(ask.limit, network.block)) for ask in asks]
+    anchors = torch.cat([ask.context[-1:] for ask in asks]) if len(asks) > 1 else asks[0].context[-1:]
+    wants_confidence = any("confidence" in ask.lookahead.reads for ask in asks)
+    shared = None
+    previous = anchors
+    for slot in range(max(block.limit for block in blocks)):
+        going = [(row, block) for row, block in enumerate(blocks) if block.goes_on(slot)]
+        if not going:
+            break
+        shared = network.begin_block(anchors, cache) if shared is None else shared
+        step = network.step(shared, slot, previous, confidence=wants_confidence)
+        previous = _draw_slot(network, step, slot, going, previous)
+    return [block.proposal() for block in blocks]
+
+
+@dataclass(eq=False)
+class _Block:
+    """One request's block while it is drafted.
+
+    Attributes:
+        ask: what it wants.
+        limit: longest block.
+        tokens: int64 `[]` each.
+        rows: `[V]` each, of sampled tokens.
+        siblings: by position.
+        signals: of the positions that were asked for.
+        ended: whether the policy has ended it.
+    """
+
+    ask: Ask
+    limit: int
+    tokens: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    siblings: list[Tensor] = field(default_factory=list)
+    signals: tuple[Signals, ...] = ()
+    ended: bool = False
+
+    def goes_on(self, slot: int) -> bool:
+        """Whether this slot is to be computed; policies that read nothing are asked here."""
+        policy = self.ask.lookahead
+        if not self.ended and (slot >= self.limit or not (policy.reads or policy.keeps(Visible(slot + 1)))):
+            self.ended = True
+        return not self.ended
+
+    def admits(self, slot: int, signals: Signals) -> bool:
+        """Ask a policy that reads signals."""
+        self.signals = (*self.signals, signals)
+        self.ended = not self.ask.lookahead.keeps(Visible(slot + 1, self.signals))
+        return not self.ended
+
+    def add(self, token: Tensor, row: Tensor | None, siblings: Tensor | None = None) -> None:
+        """One token more, the row it was sampled from, and its siblings."""
+        self.tokens.append(token)
+        self.siblings.append(self.ask.context[:0] if siblings is None else siblings)
+        if row is not None:
+            self.rows.append(row)
+
+    def proposal(self) -> Proposal:
+        """What was drafted."""
+        tokens = torch.stack(self.tokens) if self.tokens else self.ask.context[:0]
+        return Proposal.of(tokens, self.rows, self.siblings)
+
+
+def _draw_slot(
+    network: FeatureNetwork, step: Step, slot: int, going: Sequence[tuple[int, _Block]], previous: Tensor
+) -> Tensor:
+    """Draw a token for each block that goes on, unless its policy ends it; int64 `[R]`, `previous` in other rows.
+
+    What can be computed for all rows at once is: distributions, signals and greedy choices. A sampled token is drawn by
+    its request's own source. Rows that need more than a temperature are processed one by one.
+    """
+    together = [
+        (row, block) for row, block in going if plain(block.ask.settings) and not _num_siblings(block.ask, slot)
+    ]
+    drawn = _draw_together(network, step, slot, together) if together else {}
+    at_once = {row for row, _ in together}
+    for row, block in going:
+        if row not in at_once:
+            token = _draw_alone(network, step, row, block)
+            if token is not None:
+                drawn[row] = token
+    if len(drawn) == previous.shape[0]:
+        return torch.stack([drawn[row] for row in range(len(drawn))])
+    return torch.stack([drawn.get(row, previous[row]) for row in range(previous.shape[0])])
+
+
+def _draw_together(
+    network: FeatureNetwork, step: Step, slot: int, going: Sequence[tuple[int, _Block]]
+) -> dict[int, Tensor]:
+    """The tokens of blocks whose rows need a temperature and no more, by row."""
+    asks = [block.ask for _, block in going]
+    whole = len(going) == step.logits.shape[0]
+    index = None if whole else torch.tensor([row for row, _ in going], device=step.logits.device)
+    logits = step.logits if index is None else step.logits[index]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    sampled = [not ask.settings.greedy for ask in asks]
+    if any(sampled):
+        temperatures = [ask.settings.temperature or 1.0 for ask in asks]
+        logits = logits / logits.new_tensor(temperatures)[:, None]
+    reads = frozenset().union(*(ask.lookahead.reads for ask in asks))
+    probs = torch.softmax(logits, dim=-1) if any(sampled) or reads - {"margin"} else None
+    if reads:
+        confidence = step.confidence if step.confidence is None or index is None else step.confidence[index]
+        signals = row_signals(logits, probs, confidence, reads=reads)
+        kept = [not ask.lookahead.reads or going[i][1].admits(slot, signals[i]) for i, ask in enumerate(asks)]
+    else:
+        kept = [True] * len(asks)
+    best = None if all(sampled) else _target_ids(network, logits.argmax(dim=-1))
+    found: dict[int, Tensor] = {}
+    for i, (row, block) in enumerate(going):
+        if not kept[i]:
+            continue
+        if sampled[i]:
+            assert probs is not None, "sampling needs the distribution"
+            token = _target_ids(network, block.ask.generator.categorical(probs[i]))
+            block.add(token, _over_the_vocabulary(network, probs[i], 0.0))
+        else:
+            assert best is not None, "a greedy row has a best token"
+            token = best[i]
+            block.add(token, None)
+        found[row] = token
+    return found
+
+
+def _draw_alone(network: FeatureNetwork, step: Step, row: int, block: _Block) -> Tensor | None:
+    """The token of one block by the general rules, None when its policy ends it."""
+    ask = block.ask
+    drawn = draw_token(
+        _over_the_vocabulary(network, step.logits[row], -torch.inf)[None],
+        ask.context,
+        torch.stack(block.tokens) if block.tokens else ask.context[:0],
+        settings=ask.settings,
+        generator=ask.generator,
+        lookahead=ask.lookahead,
+        so_far=block.signals,
+        confidence=None if step.confidence is None else step.confidence[row],
+    )
+    if drawn is None:
+        block.ended = True
+        return None
+    block.signals = drawn.signals
+    block.add(drawn.token, drawn.row, drawn.siblings)
+    return drawn.token
+
+
+def _num_siblings(ask: Ask, slot: int) -> int:
+    """Tokens wanted beside the one of this slot."""
+    beside = ask.lookahead.siblings
+    return beside[slot] if slot < len(beside) else 0
+
+
+def _target_ids(network: FeatureNetwork, indices: Tensor) -> Tensor:
+    """The target's ids of tokens of the draft's vocabulary."""
+    return indices if network.vocabulary is None else network.vocabulary[indices]
+
+
+def _over_the_vocabulary(network: FeatureNetwork, row: Tensor, outside: float) -> Tensor:
+    """A row `[Vd]` over the target's vocabulary, `[V]`; what the draft cannot propose has the value `outside`."""
+    if network.vocabulary is None:
+        return row
+    spread = row.new_full((network.shape.vocab,), outside)
+    return spread.index_copy_(0, network.vocabulary, row)
 
 
 def load(spec: dict[str, object], context: LoadContext) -> FeatureDrafter:

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from inference.drafters import LoadContext
 from inference.drafters.model import ModelDrafter
@@ -11,6 +12,7 @@ from inference.errors import InputError
 from inference.loading import load_causal_model
 
 _FORMATS = ("nf4", "int8")
+_PACKED_ROWS = 32
 
 
 def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> Any:
@@ -22,6 +24,8 @@ def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> An
     """
     if weight_format not in _FORMATS:
         raise ValueError(f"unknown format {weight_format!r}; choose one of {', '.join(_FORMATS)}")
+    # It proposes to fetch a kernel from a hub, which nobody here has asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401  (transformers asks for it later, with a longer message)
     except ImportError:
@@ -33,6 +37,21 @@ def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> An
     if weight_format == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def _leave_unpacked(model: nn.Module) -> None:
+    """Let layers alone that bitsandbytes cannot repack.
+
+    On CPUs with bf16 instructions it repacks a 4-bit weight in its first pass, and fails where the width is no multiple
+    of the block that shares a scale, or the height none of its own 32 rows.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            block = module.weight.quant_state.blocksize
+            if module.in_features % block or module.out_features % _PACKED_ROWS:
+                module.support_avx512bf16_for_cpu = False
 
 
 def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
@@ -51,4 +70,6 @@ def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
         quantization=config,
         kept_layers=kept_layers,
     )
+    if context.device.type == "cpu":
+        _leave_unpacked(model.model)
     return ModelDrafter(model, kind="quantized")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.feature_drafts._layers import DraftCache, DraftShape
+from inference.feature_drafts._layers import DraftCache, DraftContext, DraftShape
 from inference.features import EMBEDDING, check_taps, default_taps
 from inference.model import CausalModel, OutputHead
 
@@ -149,12 +149,12 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One slot's outcome.
+    """One slot's outcome, for the blocks of R requests.
 
     Attributes:
-        logits: `[Vd]`, over the draft's vocabulary.
-        confidence: chance in (0, 1) that the token survives given that all before it did, a scalar tensor; None when
-            the network has no such head.
+        logits: `[R, Vd]`, over the draft's vocabulary.
+        confidence: chance in (0, 1) that the token survives given that all before it did, `[R]`; None when the network
+            has no such head.
     """
 
     logits: Tensor
@@ -259,26 +259,31 @@ class FeatureNetwork(nn.Module):
 
     # Decoding
 
-    def new_cache(self) -> DraftCache:
-        """An empty context."""
-        return DraftCache(self.config.layers)
+    @property
+    def cached_layers(self) -> int:
+        """Layers whose keys and values a context keeps."""
+        return self.config.layers
 
-    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
-        """Add verified tokens to the context.
+    def new_cache(self) -> DraftCache:
+        """An empty context of one request."""
+        return DraftCache(self.cached_layers)
+
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftContext) -> None:
+        """Add verified tokens to the contexts.
 
         Args:
-            features: `[n, m * D]`, of the n tokens after those in the cache.
+            features: `[n, m * D]`, of the n tokens after those in the cache, request by request.
             next_tokens: int64 `[n]`, the token after each of them.
-            cache: extended by n positions.
+            cache: extended by n positions; it knows whose they are.
         """
         raise NotImplementedError
 
-    def begin_block(self, anchor: Tensor, cache: DraftCache) -> Any:
-        """Everything about a block that does not depend on its own tokens; `anchor` is int64 `[]`."""
+    def begin_block(self, anchors: Tensor, cache: DraftContext) -> Any:
+        """Everything about a block that does not depend on its own tokens; `anchors` is int64 `[R]`."""
         raise NotImplementedError
 
     def step(self, block: Any, slot: int, previous: Tensor, *, confidence: bool) -> Step:
-        """Slot `slot` (from 0) of a block, given the token before it, int64 `[]`: called for 0, 1, ... in order."""
+        """Slot `slot` (from 0) of the blocks, given the token before it, int64 `[R]`: called for 0, 1, ... in order."""
         raise NotImplementedError
 
 

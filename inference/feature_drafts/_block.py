@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch
-from inference.feature_drafts._layers import DraftCache, DraftLayer, DraftShape, KeysValues, plain_norm, same_parts
+from inference.feature_drafts._layers import DraftContext, DraftLayer, DraftShape, KeysValues, plain_norm, same_parts
 from inference.layers import decoder_layers
 from inference.model import CausalModel
 
@@ -152,12 +153,15 @@ class BlockNetwork(FeatureNetwork):
 
     # Decoding
 
-    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftContext) -> None:
         """See `FeatureNetwork.read`; the next tokens are not looked at."""
-        positions = torch.arange(cache.length, cache.length + features.shape[0], device=features.device)
-        cache.extend(self.context(features[None].to(self.mask_embedding.dtype), positions[None]))
+        positions = cache.coming(features.shape[0], features.device)
+        cache.extend(self.context(features[None].to(self.mask_embedding.dtype), positions))
 
-    def decoded_states(self, anchor: Tensor, cache: DraftCache) -> Tensor:
-        """Final states of one block after the context in the cache, `[block, D]`."""
-        position = anchor.new_full((1, 1), cache.length)
-        return self.run(anchor.reshape(1, 1), position, cache.keys_values(), None)[0, 0]
+    def decoded_states(self, anchors: Tensor, cache: DraftContext) -> Tensor:
+        """Final states of a block behind each context of the cache, `[R, block, D]`."""
+        mask = cache.mask()
+        if mask is not None:
+            mask = functional.pad(mask.expand(-1, -1, self.width, -1), (0, self.width), value=True)
+        positions = cache.lengths(anchors.device)[:, None]
+        return self.run(anchors[:, None], positions, cache.keys_values(), mask)[:, 0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inference.feature_drafts import PackedBatch, SlotHead, Step
 from inference.feature_drafts._block import BlockConfig, BlockNetwork
-from inference.feature_drafts._layers import DraftCache, DraftShape
+from inference.feature_drafts._layers import DraftContext, DraftShape
 
 
 @dataclass(kw_only=True)
@@ -36,13 +36,13 @@ class DFlash(BlockNetwork):
         """See `FeatureNetwork.slot_states`."""
         return self.block_states(batch)
 
-    def begin_block(self, anchor: Tensor, cache: DraftCache) -> Tensor:
-        """Logits of all slots, `[G, Vd]`."""
-        return self.base_logits(self.decoded_states(anchor, cache))
+    def begin_block(self, anchors: Tensor, cache: DraftContext) -> Tensor:
+        """Logits of all slots, `[R, G, Vd]`."""
+        return self.base_logits(self.decoded_states(anchors, cache))
 
     def step(self, block: Tensor, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`; what was drawn before does not matter."""
-        return Step(block[slot])
+        return Step(block[:, slot])
 
 
 __all__ = ["Config", "DFlash"]

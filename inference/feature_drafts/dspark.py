@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inference.feature_drafts import PackedBatch, SlotHead, Step
 from inference.feature_drafts._block import BlockConfig, BlockNetwork
-from inference.feature_drafts._layers import DraftCache, DraftShape
+from inference.feature_drafts._layers import DraftContext, DraftShape
 
 HEADS = ("markov", "gated", "rnn")
 
@@ -103,11 +103,11 @@ class ConfidenceHead(nn.Module):
 
 @dataclass
 class _Block:
-    """One block while it is being sampled."""
+    """The blocks of R requests while they are being sampled."""
 
-    states: Tensor  # shape: [G, D]
-    logits: Tensor  # shape: [G, Vd], without the sequential head
-    carried: Tensor  # shape: [r]
+    states: Tensor  # shape: [R, G, D]
+    logits: Tensor  # shape: [R, G, Vd], without the sequential head
+    carried: Tensor  # shape: [R, r]
 
 
 class DSpark(BlockNetwork):
@@ -137,20 +137,17 @@ class DSpark(BlockNetwork):
         logits: Tensor = self.confidence_head(torch.cat([states[..., :hidden], states[..., hidden + rank :]], dim=-1))
         return logits
 
-    def begin_block(self, anchor: Tensor, cache: DraftCache) -> _Block:
+    def begin_block(self, anchors: Tensor, cache: DraftContext) -> _Block:
         """The backbone's part of a block."""
-        states = self.decoded_states(anchor, cache)
-        return _Block(states, self.base_logits(states), self.markov_head.start(states[0]))
+        states = self.decoded_states(anchors, cache)
+        return _Block(states, self.base_logits(states), self.markov_head.start(states[:, 0]))
 
     def step(self, block: _Block, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`."""
-        state = block.states[slot]
+        state = block.states[:, slot]
         before = self.markov_head.markov_w1(previous)
-        # In rows of one: packed products take no vectors.
-        bias, carried = self.markov_head(state[None], before[None], block.carried[None])
-        block.carried = carried[0]
-        logits = block.logits[slot] + self.markov_head.markov_w2(bias)[0]
+        bias, block.carried = self.markov_head(state, before, block.carried)
+        logits = block.logits[:, slot] + self.markov_head.markov_w2(bias)
         if not confidence:
             return Step(logits)
-        chance = torch.sigmoid(self.confidence_head(torch.cat([state, before])[None])[0].float())
-        return Step(logits, chance)
+        return Step(logits, torch.sigmoid(self.confidence_head(torch.cat([state, before], dim=-1)).float()))

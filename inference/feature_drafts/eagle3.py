@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, SlotHead, Step
 from inference.feature_drafts._layers import (
     DraftAttention,
-    DraftCache,
+    DraftContext,
     DraftMLP,
     DraftShape,
     attend,
@@ -82,12 +82,14 @@ class EagleLayer(nn.Module):
 
 @dataclass
 class _Chain:
-    """One block while it is being sampled."""
+    """The blocks of R requests while they are being sampled."""
 
-    hidden: Tensor  # shape: [1, 1, D], the output of the step before
-    position: int  # of the next step
-    keys: Tensor  # shape: [1, kv_heads, K, head_dim], context and own steps
+    hidden: Tensor  # shape: [R, 1, D], the output of the step before
+    positions: Tensor  # shape: [R, 1], of the next step
+    keys: Tensor  # shape: [R, kv_heads, K, head_dim], context and own steps
     values: Tensor
+    mask: Tensor | None  # shape: [R, 1, 1, K]
+    context: DraftContext
 
 
 class Eagle3(FeatureNetwork):
@@ -164,28 +166,26 @@ class Eagle3(FeatureNetwork):
 
     # Decoding
 
-    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftContext) -> None:
         """See `FeatureNetwork.read`. The last fused feature is kept: the next block starts from it."""
         fused = self.fc(features[None].to(self.norm.weight.dtype))
         entries = self.layer.entries(self.embed(next_tokens[None], fused), fused)
-        positions = torch.arange(cache.length, cache.length + features.shape[0], device=features.device)
-        cache.extend([self.layer.self_attn.keys_values(entries, positions[None])])
-        cache.last = fused[:, -1:]
+        positions = cache.coming(features.shape[0], features.device)
+        cache.extend([self.layer.self_attn.keys_values(entries, positions)])
+        cache.keep_last(fused)
 
-    def begin_block(self, anchor: Tensor, cache: DraftCache) -> _Chain:
+    def begin_block(self, anchors: Tensor, cache: DraftContext) -> _Chain:
         """The chain before its first step; that step's own entry is the last of the context."""
         [(keys, values)] = cache.keys_values()
-        return _Chain(cache.last, cache.length - 1, keys, values)
+        return _Chain(cache.last, cache.lengths(anchors.device)[:, None] - 1, keys, values, cache.mask(), cache)
 
     def step(self, block: _Chain, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`."""
         layer, attention = self.layer, self.layer.self_attn
-        entry = layer.entries(self.embed(previous.reshape(1, 1), block.hidden), block.hidden)
-        position = previous.new_full((1, 1), block.position)
+        entry = layer.entries(self.embed(previous[:, None], block.hidden), block.hidden)
         if slot:
-            keys, values = attention.keys_values(entry, position)
-            block.keys = torch.cat([block.keys, keys], dim=2)
-            block.values = torch.cat([block.values, values], dim=2)
-        mixed = attend(attention.queries(entry, position), block.keys, block.values, None)
-        block.hidden, block.position = layer.finish(block.hidden, mixed), block.position + 1
-        return Step(self.base_logits(self.norm(block.hidden))[0, 0])
+            own = attention.keys_values(entry, block.positions)
+            block.keys, block.values, block.mask = block.context.lengthen(*own)
+        mixed = attend(attention.queries(entry, block.positions), block.keys, block.values, block.mask)
+        block.hidden, block.positions = layer.finish(block.hidden, mixed), block.positions + 1
+        return Step(self.base_logits(self.norm(block.hidden))[:, 0])

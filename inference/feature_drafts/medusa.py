@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, SlotHead, Step
-from inference.feature_drafts._layers import DraftCache, DraftShape
+from inference.feature_drafts._layers import DraftContext, DraftShape
 from inference.model import CausalModel
 
 # One D x D product, in decoder layers: attention and feed-forward of the usual proportions are about ten of them.
@@ -134,24 +134,25 @@ class Medusa(FeatureNetwork):
 
     # Decoding
 
-    def new_cache(self) -> DraftCache:
-        """See `FeatureNetwork.new_cache`. One layer that only counts positions: nothing is attended to."""
-        return DraftCache(1)
+    @property
+    def cached_layers(self) -> int:
+        """See `FeatureNetwork.cached_layers`. One that only counts positions: nothing is attended to."""
+        return 1
 
-    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftCache) -> None:
+    def read(self, features: Tensor, next_tokens: Tensor, cache: DraftContext) -> None:
         """See `FeatureNetwork.read`. The last position is kept and of the others only their number."""
         nothing = features.new_empty(1, 1, features.shape[0], 0)
         cache.extend([(nothing, nothing)])
-        cache.last = self.fc(features[None, -1:].to(self.norm.weight.dtype))
+        cache.keep_last(features[None])
 
-    def begin_block(self, anchor: Tensor, cache: DraftCache) -> Tensor:
-        """Logits of all slots, `[G, Vd]`."""
-        # As a batch of one: packed linear layers take no vectors.
-        return self.base_logits(self.run(cache.last[0], anchor[None])[0])
+    def begin_block(self, anchors: Tensor, cache: DraftContext) -> Tensor:
+        """Logits of all slots, `[R, G, Vd]`."""
+        fused = self.fc(cache.last[:, 0].to(self.norm.weight.dtype))
+        return self.base_logits(self.run(fused, anchors))
 
     def step(self, block: Tensor, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`; what was drawn before does not matter."""
-        return Step(block[slot])
+        return Step(block[:, slot])
 
 
 __all__ = ["Config", "Medusa"]

@@ -103,9 +103,10 @@ def stepwise(network: FeatureNetwork, features: Tensor, tokens: Tensor, chunks: 
             start = cache.length
             network.read(features[start : start + chunk], tokens[start + 1 : start + chunk + 1], cache)
             anchor = cache.length
-            block = network.begin_block(tokens[anchor], cache)
+            block = network.begin_block(tokens[anchor : anchor + 1], cache)
             logits = [
-                network.step(block, slot, tokens[anchor + slot], confidence=False).logits for slot in range(BLOCK)
+                network.step(block, slot, tokens[anchor + slot, None], confidence=False).logits[0]
+                for slot in range(BLOCK)
             ]
             found.append((anchor, torch.stack(logits)))
     return found
@@ -144,13 +145,15 @@ def test_confidence_of_a_step_equals_that_of_training(llama: CausalModel, name: 
     cache = network.new_cache()
     with torch.inference_mode():
         network.read(features_of(llama, tokens, TAPS)[:5], tokens[1:6], cache)
-        block = network.begin_block(tokens[5], cache)
-        chances = [network.step(block, slot, tokens[5 + slot], confidence=True).confidence for slot in range(BLOCK)]
+        block = network.begin_block(tokens[5:6], cache)
+        chances = [
+            network.step(block, slot, tokens[5 + slot, None], confidence=True).confidence for slot in range(BLOCK)
+        ]
         states = network.slot_states(packed(llama, TAPS, [tokens], [[5]]))[0, 0]
         logits = network.confidence_logits(states)
     assert logits is not None
     # In decoding the chance is given in fp32.
-    torch.testing.assert_close(torch.stack([c for c in chances if c is not None]), logits.sigmoid().float())
+    torch.testing.assert_close(torch.cat([c for c in chances if c is not None]), logits.sigmoid().float())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -226,8 +229,8 @@ def test_loaded_networks_decode_in_every_arithmetic(precision: str, tmp_path: Pa
         cache = network.new_cache()
         with torch.inference_mode():
             network.read(torch.ones(4, 64, dtype=dtype), torch.tensor([1, 2, 3, 4]), cache)
-            block = network.begin_block(torch.tensor(4), cache)
-            steps = [network.step(block, slot, torch.tensor(slot), confidence=True) for slot in range(BLOCK)]
+            block = network.begin_block(torch.tensor([4]), cache)
+            steps = [network.step(block, slot, torch.tensor([slot]), confidence=True) for slot in range(BLOCK)]
         assert all(bool(torch.isfinite(step.logits).all()) for step in steps), name
 
 

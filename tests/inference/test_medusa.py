@@ -75,8 +75,8 @@ def test_a_cache_counts_positions_and_forgets_them(llama: CausalModel) -> None:
                 start = cache.length
                 network.read(features[start : start + length], tokens[start + 1 : start + 1 + length], cache)
                 assert cache.length == start + length
-            block = network.begin_block(tokens[cache.length], cache)
-            return network.step(block, 0, tokens[cache.length], confidence=False).logits
+            block = network.begin_block(tokens[cache.length, None], cache)
+            return network.step(block, 0, tokens[cache.length, None], confidence=False).logits[0]
 
     alone = first_slot(tokens, [2, 4])
     cache.clear()

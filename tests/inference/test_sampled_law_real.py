@@ -167,28 +167,28 @@ class LeaningNetwork:
         cache.tokens += next_tokens.tolist()
         cache.pieces.append((features, next_tokens))
 
-    def begin_block(self, anchor: torch.Tensor, cache: ReadPieces) -> Drawn:
-        assert int(anchor) == cache.tokens[-1], "the anchor follows what was read"
+    def begin_block(self, anchors: torch.Tensor, cache: ReadPieces) -> Drawn:
+        assert int(anchors) == cache.tokens[-1], "the anchor follows what was read"
         return Drawn((self.first, *cache.tokens), cache.pieces)
 
     def step(self, block: Drawn, slot: int, previous: torch.Tensor, *, confidence: bool) -> Step:
-        block.tokens.append(previous)
+        block.tokens.append(previous[0])
         prefix = (*block.context, *(int(token) for token in block.tokens[1:]))
         key = (slot, *prefix)
         if key not in self.known:
             row = self.target.row(prefix)
             row = row if self.vocabulary is None else row[self.vocabulary]
             self.known[key] = OWN_SHARE * self._compute(block) + TARGET_SHARE * row
-        return Step(self.known[key])
+        return Step(self.known[key][None])
 
     def _compute(self, drawn: Drawn) -> torch.Tensor:
         cache = self.network.new_cache()
         for features, next_tokens in drawn.pieces:
             self.network.read(features, next_tokens, cache)
-        block = self.network.begin_block(drawn.tokens[0], cache)
+        block = self.network.begin_block(drawn.tokens[0][None], cache)
         for slot, token in enumerate(drawn.tokens):
-            step = self.network.step(block, slot, token, confidence=False)
-        return step.logits
+            step = self.network.step(block, slot, token[None], confidence=False)
+        return step.logits[0]
 
 
 @functools.cache
