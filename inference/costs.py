@@ -8,7 +8,7 @@ from typing import Any
 from inference.errors import InputError
 
 
-def interpolated(known: Mapping[int, float], width: int) -> float:
+def interpolated(known: Mapping[int, float], width: float) -> float:
     """Value at any width, linear between the known ones and beyond the widest; the narrowest's own below it."""
     points = sorted(known.items())
     if width <= points[0][0] or len(points) == 1:
@@ -16,6 +16,17 @@ def interpolated(known: Mapping[int, float], width: int) -> float:
     upper = next((i for i, (w, _) in enumerate(points) if w >= width), len(points) - 1)
     (w0, t0), (w1, t1) = points[upper - 1], points[upper]
     return t0 + (t1 - t0) * (width - w0) / (w1 - w0)
+
+
+def monotone(values: list[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (one, m), (other, n) = pools[-2:]
+            pools[-2:] = [((one * m + other * n) / (m + n), m + n)]
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 @dataclass(frozen=True)

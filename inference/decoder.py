@@ -96,7 +96,7 @@ class Decoded:
             ranks[rank] += 1
 
 
-class _Clock:
+class Clock:
     """Adds wall-clock seconds to parts; on an accelerator it waits for the device, so that parts mean something."""
 
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
@@ -144,7 +144,7 @@ def decode(
     check_prompt_length(prompt.shape[0], target.context_limit)
     budget = min(request.max_new_tokens, room)
     result = Decoded()
-    clock = _Clock(result.seconds, prompt.device)
+    clock = Clock(result.seconds, prompt.device)
     start = clock.now()
     context = VerifiedTokens(prompt, capacity=prompt.shape[0] + budget)
     cache = target.new_cache()

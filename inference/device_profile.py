@@ -21,7 +21,7 @@ import torch
 import transformers
 from filelock import FileLock
 
-from inference.costs import interpolated
+from inference.costs import interpolated, monotone
 from inference.layers import decoder_layers
 from inference.loading import load_causal_model
 from inference.model import CausalModel
@@ -214,17 +214,6 @@ def _lower_quartiles(seconds: dict[int, list[float]]) -> tuple[dict[int, float],
     quartiles = {width: statistics.quantiles(row, n=4) for width, row in seconds.items()}
     fitted = monotone([lower for lower, _, _ in quartiles.values()])
     return dict(zip(WIDTHS, fitted, strict=True)), {w: median - lower for w, (lower, median, _) in quartiles.items()}
-
-
-def monotone(values: list[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (one, m), (other, n) = pools[-2:]
-            pools[-2:] = [((one * m + other * n) / (m + n), m + n)]
-    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _time_training(model: CausalModel) -> dict[str, float]:

@@ -3,7 +3,12 @@
 `fp32` and `bf16` are torch's own. `fp32_packed` and `bf16_packed` keep the weights in oneDNN's blocked layout: the same
 arithmetic, without the reordering that a plain product of a few rows pays every time. `fp16_packed` keeps weights in
 half precision in FBGEMM's layout and computes in fp32: half the memory traffic on CPUs without bf16 instructions.
+
+Packed layers that read the same tensor one after another (queries, keys, values; gate and up) are one product: a
+product of few rows is paid for by the call and by how evenly its columns go over the cores.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,6 +16,7 @@ from torch import nn
 PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "fp16")
 _STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
+_READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def available_precisions(device: torch.device) -> list[str]:
@@ -65,6 +71,44 @@ class BlockedLinear(nn.Module):
         return product
 
 
+class SharedProduct:
+    """The product of several linear layers with one input, computed when the first asks, kept until the last has.
+
+    Args:
+        product: of the layers' stacked weights, `[..., in]` to `[..., sum of out]`.
+        parts: number of layers.
+    """
+
+    def __init__(self, product: nn.Module, *, parts: int) -> None:
+        self.product, self.parts = product, parts
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._asked: set[int] = set()
+
+    def of(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        """The whole product of `x`, asked for by one of the layers."""
+        # The very tensor: an equal one, or the same storage written anew, is another input.
+        if self._output is None or x is not self._input or part in self._asked:
+            self._input, self._output, self._asked = x, self.product(x), set()
+        output = self._output
+        self._asked.add(part)
+        if len(self._asked) == self.parts:
+            self._input = self._output = None
+        return output
+
+
+class PartLinear(nn.Module):
+    """One of the layers of a `SharedProduct`: its columns, `[..., out]`."""
+
+    def __init__(self, shared: SharedProduct, *, part: int, start: int, width: int) -> None:
+        super().__init__()
+        self.shared, self.part, self.start, self.width = shared, part, start, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `[..., out]`, a view."""
+        return self.shared.of(x, self.part).narrow(-1, self.start, self.width)
+
+
 _PACKERS: dict[str, type[PackedHalfLinear] | type[BlockedLinear]] = {
     "fp16_packed": PackedHalfLinear,
     "fp32_packed": BlockedLinear,
@@ -88,14 +132,39 @@ def apply_precision(model: nn.Module, precision: str) -> None:
     shared: dict[int, nn.Module] = {}
     with torch.no_grad():
         for parent in list(model.modules()):
+            for names in _READ_TOGETHER:
+                _pack_together(parent, names, packer)
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
                     packed = shared.setdefault(id(child.weight), packer(child))
                     setattr(parent, name, packed)
 
 
+def _pack_together(
+    parent: nn.Module, names: Sequence[str], packer: type[PackedHalfLinear] | type[BlockedLinear]
+) -> None:
+    """Replace these children by parts of one product, where all are there and alike."""
+    there = dict(parent.named_children())
+    children = [there[name] for name in names if name in there]
+    linear = [child for child in children if type(child) is nn.Linear]
+    if len(linear) < len(names) or len({(child.in_features, child.bias is None) for child in linear}) > 1:
+        return
+    weights = [child.weight for child in linear]
+    stacked = nn.Linear(1, 1, bias=False, device=weights[0].device)
+    stacked.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    if linear[0].bias is not None:
+        stacked.bias = nn.Parameter(torch.cat([child.bias for child in linear]), requires_grad=False)
+    shared, start = SharedProduct(packer(stacked), parts=len(names)), 0
+    for part, (name, child) in enumerate(zip(names, linear, strict=True)):
+        setattr(parent, name, PartLinear(shared, part=part, start=start, width=child.out_features))
+        start += child.out_features
+
+
 def model_nbytes(model: nn.Module) -> int:
     """Bytes of weights: parameters and buffers counted once, packed weights included."""
-    seen = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    packed = {id(m): m.num_bytes for m in model.modules() if isinstance(m, PackedHalfLinear | BlockedLinear)}
+    shared = {id(m.shared): m.shared.product for m in model.modules() if isinstance(m, PartLinear)}
+    modules = [*model.modules(), *shared.values()]
+    tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    seen = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    packed = {id(m): m.num_bytes for m in modules if isinstance(m, PackedHalfLinear | BlockedLinear)}
     return sum(seen.values()) + sum(packed.values())

@@ -56,10 +56,15 @@ class Placement:
 
     def read(self, buffer: Tensor) -> Tensor:
         """`[M, kv_heads, L, head_dim]`: a view where the slots follow each other, else a copy."""
-        first = self.slots[0]
-        if self.slots == tuple(range(first, first + len(self.slots))):
-            return buffer[first : first + len(self.slots), :, : self.longest]
-        return buffer[:, :, : self.longest].index_select(0, torch.tensor(self.slots, device=buffer.device))
+        return _rows(buffer, self.slots, self.longest)
+
+
+def _rows(buffer: Tensor, slots: tuple[int, ...], longest: int) -> Tensor:
+    """See `Placement.read`."""
+    first = slots[0]
+    if slots == tuple(range(first, first + len(slots))):
+        return buffer[first : first + len(slots), :, :longest]
+    return buffer[:, :, :longest].index_select(0, torch.tensor(slots, device=buffer.device))
 
 
 class _Ledger:
@@ -248,6 +253,15 @@ class SlotCache(Cache):
         places = [torch.tensor(list(places), device=device) for places in (slots, sources, destinations)]
         for layer in self.slot_layers:
             layer.move(*places)
+
+    def read(self, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of some active slots, by layer, up to the longest of them; see `Placement.read`."""
+        longest = max(self._ledger.lengths[slot] for slot in slots)
+        found = []
+        for layer in self.slot_layers:
+            keys, values = (_rows(buffer, tuple(slots), longest) for buffer in layer.buffers)
+            found.append((keys, values))
+        return found
 
     @contextmanager
     def placed(

@@ -13,15 +13,20 @@ its tokens are those it would get alone. Nothing here knows of text, or of time 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
 from inference.batch.cache import SlotCache
+from inference.batch.costs import LoadCosts
+from inference.batch.drafting import draft_group
 from inference.batch.ragged import check_ragged, ragged_logits
+from inference.batch.sharing import PassSharing
 from inference.decoder import (
+    PARTS,
+    Clock,
     Decoded,
     Request,
     VerifiedTokens,
@@ -31,9 +36,10 @@ from inference.decoder import (
     kept_rows,
     up_to_stop,
 )
-from inference.drafters import Drafter, Proposal, ReadsFeatures
+from inference.drafters import Ask, Drafter, Proposal
 from inference.errors import InputError
 from inference.lookahead import Lookahead
+from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
 from inference.model import CausalModel
 from inference.randomness import Source
 from inference.verification import Verdict
@@ -64,7 +70,7 @@ class Handle:
         deadline: `time.monotonic()` after which it is given up; None for never.
         on_tokens: called with newly emitted tokens after every round.
         outcome: what has become of it.
-        result: tokens so far, and what they took; seconds are not told apart by request.
+        result: tokens so far, and what they took; seconds are the engine's, not told apart by request.
     """
 
     prompt: torch.Tensor
@@ -84,26 +90,22 @@ class Handle:
 class _Running:
     """A request in a slot."""
 
-    def __init__(self, handle: Handle, drafter: Drafter, policy: Lookahead, *, budget: int) -> None:
-        self.handle, self.drafter, self.policy, self.budget = handle, drafter, policy, budget
-        self.reader = drafter if isinstance(drafter, ReadsFeatures) else None
+    def __init__(self, handle: Handle, policy: Lookahead, *, budget: int) -> None:
+        self.handle, self.policy, self.budget = handle, policy, budget
         self.context = VerifiedTokens(handle.prompt, capacity=handle.prompt.shape[0] + budget)
         self.proposal = Proposal(handle.prompt[:0])
 
-    def propose(self) -> torch.Tensor:
-        """Draft; returns the block for the coming pass: anchor, chain, siblings."""
+    def ask(self, policy: Lookahead) -> Ask:
+        """What it wants drafted under a policy."""
         handle = self.handle
         # The target adds a token of its own to every round, so the last one needs no proposal.
-        limit = min(self.policy.max_tokens, self.budget - len(handle.result.tokens) - 1)
-        self.proposal = self.drafter.propose(
-            self.context.tokens,
-            limit=limit,
-            lookahead=self.policy,
-            settings=handle.request.settings,
-            generator=handle.generator,
-        )
+        limit = min(policy.max_tokens, self.budget - len(handle.result.tokens) - 1)
+        return Ask(self.context.tokens, limit, policy, handle.request.settings, handle.generator)
+
+    def block(self) -> list[torch.Tensor]:
+        """What the coming pass is fed, in pieces: anchor, chain, siblings."""
         parts = [self.context.tokens[-1:], self.proposal.tokens]
-        return torch.cat(parts if self.proposal.siblings is None else [*parts, self.proposal.siblings])
+        return parts if self.proposal.siblings is None else [*parts, self.proposal.siblings]
 
     def accept(self, logits: torch.Tensor) -> tuple[Verdict, bool]:
         """Verify the block by its rows `[w, V]`; returns the verdict and whether the request has ended."""
@@ -122,14 +124,6 @@ class _Running:
             handle.on_tokens(emitted)
         return verdict, finished or len(handle.result.tokens) >= self.budget
 
-    def settle(self, verdict: Verdict, features: torch.Tensor | None) -> None:
-        """Tell drafter and policy what stands; features are of the block's tokens, `[w, m * D]`."""
-        self.drafter.rollback(verdict.num_accepted)
-        if self.reader is not None and features is not None:
-            kept = kept_rows(self.proposal, verdict)
-            self.reader.read(features[: len(kept)] if verdict.sibling is None else features[kept])
-        self.policy.observe(len(self.proposal), verdict.num_accepted)
-
 
 class BatchEngine:
     """Continuous batching over a slotted cache.
@@ -143,7 +137,12 @@ class BatchEngine:
             longest of them, since that is what a slotted cache holds; None for what `max_requests` of the whole context
             need.
         max_waiting: most requests that wait for a slot; None for any number.
+        costs: of rounds under load; with them a `scheduled` policy decides for all requests of a pass together
+            (`inference.batch.sharing`), else each request for itself.
         clock: seconds, for deadlines.
+
+    Attributes:
+        seconds: spent so far, by part as in `inference.decoder.PARTS`; `other` is what a step takes besides.
 
     Raises:
         InputError: a target whose requests cannot share a pass.
@@ -158,6 +157,7 @@ class BatchEngine:
         max_requests: int,
         max_cache_tokens: int | None = None,
         max_waiting: int | None = None,
+        costs: LoadCosts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_requests < 1:
@@ -165,8 +165,6 @@ class BatchEngine:
         check_ragged(target)
         self.target, self.lookahead = target, lookahead
         self.max_requests, self.max_waiting, self._clock = max_requests, max_waiting, clock
-        self._make_drafter = make_drafter
-        self._spare: list[Drafter] = []
         text = target.model.config.get_text_config(decoder=True)
         self._block = lookahead.longest + sum(lookahead.siblings)
         self._cache = SlotCache(
@@ -175,9 +173,12 @@ class BatchEngine:
         self.max_cache_tokens = max_cache_tokens or max_requests * (target.context_limit + self._block)
         self._waiting: deque[Handle] = deque()
         self._running: list[_Running] = []  # by slot
-        example = self._drafter()
-        self._taps = example.taps if isinstance(example, ReadsFeatures) else ()
-        self._spare.append(example)
+        self._drafts = draft_group(make_drafter, max_requests=max_requests, max_tokens=target.context_limit)
+        self._sharing: PassSharing | None = None
+        if costs is not None and isinstance(lookahead, ScheduledLookahead | DelayedLookahead) and not lookahead.learns:
+            self._sharing = PassSharing(lookahead, costs)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._watch = Clock(self.seconds, target.device)
 
     @property
     def idle(self) -> bool:
@@ -229,33 +230,66 @@ class BatchEngine:
     @torch.inference_mode()
     def step(self) -> None:
         """Let late requests go and waiting ones in, then one round of all that run."""
+        start, before = self._watch.now(), sum(self.seconds.values())
         now = self._clock()
         for handle in [*self._waiting, *(running.handle for running in self._running)]:
             if handle.deadline is not None and now > handle.deadline:
                 self._end(handle, Outcome.LATE)
-        self._admit()
+        with self._watch.part("prefill"):
+            self._admit()
         if self._running:
             self._round()
+        self.seconds["other"] += max(0.0, self._watch.now() - start - (sum(self.seconds.values()) - before))
 
     def _round(self) -> None:
-        blocks = [running.propose() for running in self._running]
-        widths = [block.shape[0] for block in blocks]
-        slots = [running.proposal.slots for running in self._running]
-        with self.target.tapped(self._taps) as features:
-            logits = ragged_logits(self.target, torch.cat(blocks), widths, self._cache, slots=slots)
-            taken = features.take()[0].split(widths) if self._taps else [None] * len(widths)
-        before = [length - width for length, width in zip(self._cache.lengths, widths, strict=True)]
-        verdicts, finished = zip(
-            *(running.accept(rows) for running, rows in zip(self._running, logits.split(widths), strict=True)),
-            strict=True,
-        )
-        self._keep(before, verdicts)
-        for running, verdict, states in zip(self._running, verdicts, taken, strict=True):
-            running.settle(verdict, states)
-        for handle in [running.handle for running, ended in zip(self._running, finished, strict=True) if ended]:
-            self._end(handle, Outcome.DONE)
+        part = self._watch.part
+        with part("draft"):
+            self._propose()
+        with part("verify"):
+            blocks = [running.block() for running in self._running]
+            widths = [sum(piece.shape[0] for piece in block) for block in blocks]
+            slots = [running.proposal.slots for running in self._running]
+            fed = torch.cat([piece for block in blocks for piece in block])
+            with self.target.tapped(self._drafts.taps) as features:
+                logits = ragged_logits(self.target, fed, widths, self._cache, slots=slots)
+                taken = features.take()[0].split(widths) if self._drafts.taps else ()
+        with part("accept"):
+            rows = logits.split(widths)
+            verdicts, finished = zip(
+                *(running.accept(own) for running, own in zip(self._running, rows, strict=True)), strict=True
+            )
+        with part("cache"):
+            self._settle(widths, verdicts, taken)
+            for handle in [running.handle for running, ended in zip(self._running, finished, strict=True) if ended]:
+                self._end(handle, Outcome.DONE)
 
-    def _keep(self, before: list[int], verdicts: tuple[Verdict, ...]) -> None:
+    def _propose(self) -> None:
+        """Draft for all that run; under a shared policy, cut the blocks to what it admits."""
+        if self._sharing is None:
+            policies = [running.policy for running in self._running]
+        else:
+            depth = self._sharing.depth(len(self._running))
+            policies = self._sharing.policies(depth, len(self._running))
+        asks = [running.ask(policy) for running, policy in zip(self._running, policies, strict=True)]
+        proposals = self._drafts.propose(asks)
+        if self._sharing is not None:
+            admitted = self._sharing.admit(policies, [len(proposal) for proposal in proposals])
+            proposals = [proposal.first(length) for proposal, length in zip(proposals, admitted, strict=True)]
+        for running, proposal in zip(self._running, proposals, strict=True):
+            running.proposal = proposal
+
+    def _settle(self, widths: list[int], verdicts: Sequence[Verdict], taken: Sequence[torch.Tensor]) -> None:
+        """Tell caches, drafts and policies what stands; features are of the blocks' tokens, `[w, m * D]` each."""
+        before = [length - width for length, width in zip(self._cache.lengths, widths, strict=True)]
+        self._keep(before, verdicts)
+        self._drafts.rollback([verdict.num_accepted for verdict in verdicts])
+        for slot, (running, verdict) in enumerate(zip(self._running, verdicts, strict=True)):
+            if taken:
+                kept = kept_rows(running.proposal, verdict)
+                self._drafts.read(slot, taken[slot][: len(kept)] if verdict.sibling is None else taken[slot][kept])
+            running.policy.observe(len(running.proposal), verdict.num_accepted)
+
+    def _keep(self, before: list[int], verdicts: Sequence[Verdict]) -> None:
         """Let siblings that stand take their places, and forget what does not, in every slot at once."""
         kept = [kept_rows(running.proposal, verdict) for running, verdict in zip(self._running, verdicts, strict=True)]
         moved = [slot for slot, verdict in enumerate(verdicts) if verdict.sibling is not None]
@@ -274,7 +308,7 @@ class BatchEngine:
             if self._needed(rooms) > self.max_cache_tokens:
                 return
             self._waiting.popleft()
-            running = _Running(handle, self._drafter(), self.lookahead.begin(), budget=self._budget(handle))
+            running = _Running(handle, self.lookahead.begin(), budget=self._budget(handle))
             slot = self._cache.join()
             self._running.append(running)
             handle.outcome = Outcome.RUNNING
@@ -283,14 +317,14 @@ class BatchEngine:
     def _prefill(self, running: _Running, slot: int) -> None:
         """Feed all of a prompt but its last token, which is the first anchor."""
         prompt = running.handle.prompt
-        running.drafter.begin(prompt)
+        self._drafts.join(prompt)
         if prompt.shape[0] < 2:
             return
-        with self.target.tapped(self._taps) as features:
+        with self.target.tapped(self._drafts.taps) as features:
             rows = torch.empty(0, dtype=torch.long, device=prompt.device)
             ragged_logits(self.target, prompt[:-1], [prompt.shape[0] - 1], self._cache, rows=rows, active=[slot])
-            if running.reader is not None:
-                running.reader.read(features.take()[0])
+            if self._drafts.taps:
+                self._drafts.read(slot, features.take()[0])
 
     def _end(self, handle: Handle, outcome: Outcome) -> None:
         """Free what a request holds; the last slot's request moves into its place."""
@@ -300,15 +334,11 @@ class BatchEngine:
             self._waiting.remove(handle)
         else:
             slot = next(i for i, running in enumerate(self._running) if running.handle is handle)
-            self._spare.append(self._running[slot].drafter)
+            self._drafts.leave(slot)
             last = self._running.pop()
             if self._cache.leave(slot) is not None:
                 self._running[slot] = last
         handle.outcome = outcome
-
-    def _drafter(self) -> Drafter:
-        """A drafter that no running request uses: one that has served before, or a new one."""
-        return self._spare.pop() if self._spare else self._make_drafter()
 
     def _budget(self, handle: Handle) -> int:
         return min(handle.request.max_new_tokens, self.target.context_limit - handle.prompt.shape[0])

@@ -44,6 +44,14 @@ class Proposal:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def first(self, length: int) -> "Proposal":
+        """The first `length` tokens of the chain, with what stands beside them."""
+        if length >= len(self):
+            return self
+        slots = tuple(slot for slot in self.slots if slot < length)
+        siblings = self.siblings[: len(slots)] if self.siblings is not None and slots else None
+        return Proposal(self.tokens[:length], None if self.probs is None else self.probs[:length], siblings, slots)
+
     @classmethod
     def of(cls, tokens: torch.Tensor, rows: Sequence[torch.Tensor], siblings: Sequence[torch.Tensor]) -> "Proposal":
         """Put together what was drawn position by position: the rows, none if greedy, and each position's siblings."""

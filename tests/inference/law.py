@@ -181,6 +181,7 @@ def target_law(
     *,
     length: int = LENGTH,
     stop_tokens: frozenset[int] = frozenset(),
+    prompt: torch.Tensor = PROMPT,
 ) -> Law:
     """Law of plain sampling from the target, by multiplying its rows; no decoder code is involved."""
     law: Law = {}
@@ -189,7 +190,7 @@ def target_law(
         probability = 1.0
         emitted: tuple[int, ...] = ()
         for token in output:
-            prefix = (*PROMPT.tolist(), *emitted)
+            prefix = (*prompt.tolist(), *emitted)
             row = token_probs(
                 target.row(prefix)[None], context=torch.tensor(prefix), block=PROMPT[:0], settings=settings
             )[0]

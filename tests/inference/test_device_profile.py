@@ -11,7 +11,8 @@ import torch
 
 from inference import device_profile as module
 from inference.cache import RollbackCache
-from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, monotone, profile_from_json
+from inference.costs import monotone
+from inference.device_profile import WIDTHS, DeviceProfile, device_profile, measure, profile_from_json
 from inference.model import CausalModel
 from inference.precision import available_precisions
 from inference.target import TargetConfig

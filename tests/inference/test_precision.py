@@ -72,6 +72,46 @@ def test_linear_layers_that_share_a_weight_are_packed_once(precision: str) -> No
     assert model_nbytes(model) == 2 * 48 * 40 * size
 
 
+def _attention(precision: str) -> torch.nn.Module:
+    """Queries, keys and values, as a layer of a model has them."""
+    parts = torch.nn.Module()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        for name, width in (("v_proj", 16), ("q_proj", 40), ("k_proj", 16)):
+            setattr(parts, name, torch.nn.Linear(48, width).to(storage_dtype(precision)))
+    return parts
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_layers_that_read_one_tensor_are_one_product(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, packed = _attention(precision), _attention(precision)
+    apply_precision(packed, precision)
+    product = packed.q_proj.shared.product
+    calls: list[int] = []
+    forward = type(product).forward
+    monkeypatch.setattr(type(product), "forward", lambda self, x: calls.append(x.shape[0]) or forward(self, x))
+    source = torch.Generator().manual_seed(1)
+    one, other = (torch.randn(n, 48, generator=source).to(storage_dtype(precision)) for n in (3, 5))
+    size = 4 if precision == "fp32_packed" else 2
+    biases = 0 if precision == "fp16_packed" else 72 * size  # those lie in the packed weights, uncounted
+    assert model_nbytes(packed) == 72 * 48 * size + biases
+
+    def check(name: str, x: torch.Tensor) -> None:
+        with torch.inference_mode():
+            expected, got = plain.get_submodule(name)(x), packed.get_submodule(name)(x)
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=CLOSE[precision])
+
+    for name in ("q_proj", "k_proj", "v_proj"):
+        check(name, one)
+    assert calls == [3], "one product for all three"
+    # Whatever the order, what is asked anew or of another tensor is computed anew.
+    for name, x in (("k_proj", one), ("k_proj", one), ("q_proj", other), ("v_proj", one), ("q_proj", one)):
+        check(name, x)
+    assert calls == [3, 3, 3, 5, 3]
+    check("k_proj", one.clone())
+    assert calls[-1] == 3 and len(calls) == 6
+
+
 def test_bytes_of_a_plain_model_count_tied_weights_once() -> None:
     vocabulary = 48 * 32 * 4
     assert model_nbytes(_tiny(tied=False)) - model_nbytes(_tiny(tied=True)) == vocabulary
