@@ -38,6 +38,7 @@ class DraftSlots:
         """A slot for a new request, the next one."""
         return self._cache.join()
 
+    @torch.inference_mode()
     def leave(self, slot: int) -> None:
         """Free a slot; the last one's request moves into it."""
         moved = self._cache.leave(slot)

@@ -164,7 +164,9 @@ def _time_drafts(target: CausalModel, group: DraftGroup, count: int, longest: in
     """Seconds of drafting whatever the length, and for each token, from blocks of one and of `longest` tokens."""
     context = min(_CONTEXT_TOKENS, target.context_limit // 2)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(target.vocab_size, (context,), generator=generator).to(target.device) for _ in range(count)]
+    prompts = [
+        torch.randint(target.vocab_size, (context,), generator=generator).to(target.device) for _ in range(count)
+    ]
     width = target.model.config.get_text_config(decoder=True).hidden_size * len(group.taps)
     dtype = target.model.get_input_embeddings().weight.dtype
     features = torch.randn(context, width, generator=generator).to(target.device, dtype)
