@@ -53,6 +53,7 @@ class Proposal:
         )
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes tokens for one request at a time.
 
