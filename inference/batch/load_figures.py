@@ -120,7 +120,7 @@ class _At:
         self._runs = {(run.arm, run.block): run for run in runs}
         self._boot = Bootstrap([str(block) for block in self.blocks], seed=seed, resamples=resamples)
         fixed = [arm for arm in self.arms if arm.startswith(_FIXED)]
-        self.best_fixed = max(fixed, key=lambda arm: self.speed(arm)[0], default=None)
+        self.best_fixed = max(fixed, key=lambda arm: float(self.speed(arm)[0]), default=None)
 
     def of(self, arm: str) -> list[LoadRun]:
         """Runs of an arm, block by block."""

@@ -7,6 +7,7 @@ count.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -47,9 +48,10 @@ def plain_generate(
         ids[row, longest - one.prompt.shape[0] :] = one.prompt
         mask[row, longest - one.prompt.shape[0] :] = 1
     now = clocked(model.device, clock)
+    generating: Any = model.model  # only some classes of transformers' own declare `generate`
     with _own_attention(model.model), timed_passes(model, clock=clock) as timer:
         began = now()
-        written = model.model.generate(
+        written = generating.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=GenerationConfig(

@@ -114,18 +114,12 @@ def test_each_that_ends_is_replaced_and_the_drain_does_not_count(target: CausalM
     assert [len(answer) for answer in answers] == [2, 3, 1, 2]
 
 
-def test_as_many_run_as_were_asked_for(target: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, running = _plain(target, 5), []
-    whole = BatchEngine._round
-
-    def counted(self: BatchEngine) -> None:
-        running.append(self.num_running)
-        whole(self)
-
-    monkeypatch.setattr(BatchEngine, "_round", counted)
+def test_as_many_run_as_were_asked_for(target: CausalModel) -> None:
+    engine = _plain(target, 5)
     trace, _ = closed_loop(engine, _asked(*[4, 3, 5, 2, 4, 3, 2, 5]), concurrency=3, clock=engine.clock)
+    running = [sum(one.start <= begun < one.end for one in trace.served) for begun in range(trace.rounds)]
     assert running[: int(trace.window)] == [3] * int(trace.window)
-    assert all(count < 3 for count in running[int(trace.window) :])
+    assert trace.window < trace.rounds and all(count < 3 for count in running[int(trace.window) :])
 
 
 def test_where_the_last_ones_end_together_everything_counts(target: CausalModel) -> None:
@@ -272,7 +266,7 @@ def test_generate_refuses_what_it_cannot_be_compared_on(target: CausalModel) -> 
 # Figures
 
 
-def _run(arm: str, block: int, tokens: int, *, point: Point = LOOP, **served: object) -> LoadRun:
+def made_run(arm: str, block: int, tokens: int, *, point: Point = LOOP, **served: object) -> LoadRun:
     """A block of ten seconds in which one request wrote so many tokens, at 5 and at 10."""
     one = Served(
         prompt_id="p",
@@ -291,7 +285,9 @@ def _run(arm: str, block: int, tokens: int, *, point: Point = LOOP, **served: ob
 def _load(**speeds: tuple[int, int]) -> list[LoadRun]:
     """Tokens of each arm in two blocks."""
     return [
-        _run(arm.replace("_", "-"), block, tokens) for arm, both in speeds.items() for block, tokens in enumerate(both)
+        made_run(arm.replace("_", "-"), block, tokens)
+        for arm, both in speeds.items()
+        for block, tokens in enumerate(both)
     ]
 
 
@@ -308,8 +304,8 @@ def test_ratios_are_of_sums_and_paired_by_block() -> None:
 
 def test_a_figure_has_lengths_latencies_and_what_is_outside() -> None:
     miss = Mismatch(position=1, margin=9.0, near_tie=False)
-    run = _run("none", 0, 5)
-    other = _run("fixed-2", 0, 5, proposed=[2, 1], accepted=[1, 1], blocks={"1": 1, "2": 1}, mismatch=miss)
+    run = made_run("none", 0, 5)
+    other = made_run("fixed-2", 0, 5, proposed=[2, 1], accepted=[1, 1], blocks={"1": 1, "2": 1}, mismatch=miss)
     figure = find_figure(load_figures([run, other]), "fixed-2", LOOP)
     assert (figure.mean_length, figure.tau, figure.alpha) == (1.5, 2.5, 2 / 3)
     assert figure.token_ms == pytest.approx((1250, 1250)), "four tokens in the five seconds of the second round"
@@ -329,12 +325,12 @@ def test_claims_are_read_off_intervals() -> None:
     noisy = claims(load_figures(_load(none=(10, 20), fixed_1=(11, 22), scheduled=(15, 16))))
     assert (noisy.below_fixed, noisy.well_above) == ([], []), "31 over 33, and once more, once less"
     point = Point(BATCH, 8)
-    beside = [_run(arm, block, n, point=point) for arm, n in (("none", 10), ("generate", 12)) for block in (0, 1)]
+    beside = [made_run(arm, block, n, point=point) for arm, n in (("none", 10), ("generate", 12)) for block in (0, 1)]
     assert claims(load_figures(beside)).under_generate == [8]
 
 
 def test_a_run_survives_its_line() -> None:
-    run = _run("fixed-2", 3, 5, mismatch=Mismatch(position=1, margin=0.1, near_tie=True))
+    run = made_run("fixed-2", 3, 5, mismatch=Mismatch(position=1, margin=0.1, near_tie=True))
     assert LoadRun.from_json(run.to_json()) == run
     assert "\n" not in run.to_json()
 

@@ -12,7 +12,7 @@ from inference.statistics import BASELINE
 from pipelines import cli, load
 from pipelines.load import LoadConfig, arrival_rate, num_blocks, read_runs, whole_blocks
 from pipelines.select import Decision
-from tests.inference.test_batch_load import _run
+from tests.inference.test_batch_load import made_run
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import Workplace, read, run
 
@@ -74,7 +74,7 @@ def test_arms_of_a_block_had_the_same_requests_and_the_same_answers(loaded: tupl
     blocks = {(r.point, r.block): [] for r in runs}
     for r in runs:
         blocks[r.point, r.block].append([(s.prompt_id, s.digest) for s in r.trace.served])
-        assert {s.domain for s in r.trace.served} > {"chat"}, "domains are mixed"
+        assert len({s.domain for s in r.trace.served}) > 1, "domains are mixed"
         assert all(s.mismatch is None for s in r.trace.served), "in fp32 greedy answers are the same"
     for served in blocks.values():
         assert all(one == served[0] for one in served)
@@ -138,8 +138,8 @@ def test_a_killed_load_goes_on_with_the_same_requests(
 
 
 def _timed(arm: str, point: Point, block: int, *, elapsed: float) -> LoadRun:
-    run_ = _run(arm, block, 11, point=point)
-    return dataclasses.replace(run_, trace=dataclasses.replace(run_.trace, elapsed=elapsed))
+    made = made_run(arm, block, 11, point=point)
+    return dataclasses.replace(made, trace=dataclasses.replace(made.trace, elapsed=elapsed))
 
 
 def test_the_number_of_blocks_follows_from_what_the_first_ones_took() -> None:
@@ -154,9 +154,9 @@ def test_the_number_of_blocks_follows_from_what_the_first_ones_took() -> None:
 def test_arrivals_come_at_a_share_of_what_target_only_decoding_serves() -> None:
     runs = [
         _timed(BASELINE, Point(CLOSED, 1), 0, elapsed=10.0),
-        _run(BASELINE, 0, 33, point=Point(CLOSED, 2)),
-        _run(BASELINE, 1, 99, point=Point(CLOSED, 2)),
-        _run("scheduled", 0, 99, point=Point(CLOSED, 2)),
+        made_run(BASELINE, 0, 33, point=Point(CLOSED, 2)),
+        made_run(BASELINE, 1, 99, point=Point(CLOSED, 2)),
+        made_run("scheduled", 0, 99, point=Point(CLOSED, 2)),
     ]
     # The best first closed loop of the baseline gives 3.3 tokens a second; a request has 22 tokens in the mean.
     assert arrival_rate(runs, Point(POISSON, 2, 0.5)) == pytest.approx(0.5 * 3.3 / 22)
