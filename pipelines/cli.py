@@ -20,12 +20,13 @@ DONE, FAILED, BAD_INPUT, BUSY, STOPPED = 0, 1, 2, 4, 130
 """Exit codes; 3 belongs to re-alignment that kept the champion."""
 
 COMMANDS = {
-    "all": "every stage below, in order (the default)",
+    "all": "the five stages below, in order (the default)",
     "corpus": "let the target answer the prompts",
     "build": "make every candidate draft",
     "score": "measure acceptance and speed of every candidate",
     "select": "choose the best pair",
     "publish": "put the chosen pair into the registry",
+    "load": "measure throughput and latency of many requests at once; not part of all",
     "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
 }
 

@@ -22,15 +22,16 @@ from inference.plugins import plugins
 if TYPE_CHECKING:
     from inference.sampling import DecodeConfig
     from inference.target import TargetConfig
+    from pipelines.load import LoadConfig
     from pipelines.publish import PublishConfig
     from pipelines.score import ScoreConfig
     from pipelines.select import SelectConfig
     from train.loop import TrainerConfig
 else:  # Hydra takes any node here (the group's own schema checks it), and reading this file must not import torch
-    DecodeConfig = PublishConfig = ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
+    DecodeConfig = LoadConfig = PublishConfig = ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
 
-STAGES = ("corpus", "build", "score", "select", "publish")
-"""The stages in their order; "all" runs them all."""
+STAGES = ("corpus", "build", "score", "select", "publish", "load")
+"""The stages in their order; "all" runs them all but `load`, which takes long and decides nothing."""
 
 PLUGINS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("distill.prompts",),
@@ -49,6 +50,7 @@ SCHEMAS: Mapping[str, str] = {
     "decode": "inference.sampling:DecodeConfig",
     "score": "pipelines.score:ScoreConfig",
     "select": "pipelines.select:SelectConfig",
+    "load": "pipelines.load:LoadConfig",
     "publish": "pipelines.publish:PublishConfig",
 }
 """Group with a single schema -> where its dataclass is."""
@@ -117,6 +119,7 @@ class RunConfig:
         lookahead: how many proposed tokens are verified in a round.
         score: what is measured.
         select: limits and tie rules.
+        load: which loads are put on the batch engine.
         publish: name and contents of the published pair.
         tracker: where training curves go.
         budget: minutes, or explicit numbers.
@@ -136,6 +139,7 @@ class RunConfig:
     lookahead: Any = MISSING
     score: ScoreConfig = MISSING
     select: SelectConfig = MISSING
+    load: LoadConfig = MISSING
     publish: PublishConfig = MISSING
     tracker: Any = MISSING
     budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from inference.errors import InputError
-from inference.statistics import find_card
+from inference.statistics import BASELINE, find_card
 from pipelines.artifacts import Artifact, Spec
 from pipelines.build import check_contained, draft_spec, run_build
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import corpus_spec, run_corpus
+from pipelines.load import LOAD_PLOT_FILE, LOAD_TABLE_FILE, check_load_draft, run_load
 from pipelines.locks import registry_lock
 from pipelines.publish import run_publish, summary
 from pipelines.registry import CHAMPION
@@ -33,7 +34,8 @@ def run(cfg: RunConfig, stage: str) -> float:
 
     Returns:
         The stage's objective, for sweepers to maximise: response tokens (corpus), mean held-out acceptance of the
-        trained drafts (build), measured speedup of the best draft (score), of the chosen one (select, publish, all).
+        trained drafts (build), measured speedup of the best draft (score), of the chosen one (select, publish, all),
+        mean throughput under load over target-only decoding (load).
 
     Raises:
         InputError: bad input, or an earlier stage has not been run.
@@ -46,8 +48,11 @@ def run(cfg: RunConfig, stage: str) -> float:
         "score": _score,
         "select": _select,
         "publish": _publish,
+        "load": _load,
     }
     check_contained(cfg)
+    if stage == "load":
+        check_load_draft(cfg)
     if stage in ("all", "score"):
         check_baseline(cfg)
     if stage in ("all", "select"):
@@ -103,6 +108,27 @@ def _publish(context: RunContext) -> float:
     select = _existing(context, select_spec(context, score), "select")
     run_publish(context, corpus, drafts, score, select)
     return _speedup_of(read_decision(select))
+
+
+def _load(context: RunContext) -> float:
+    corpus, drafts = _built(context)
+    name = context.cfg.load.draft or _chosen(context, corpus, drafts)
+    load = run_load(context, corpus, name, drafts[name])
+    logger.info("report    %s and %s", load.path / LOAD_TABLE_FILE, load.path / LOAD_PLOT_FILE)
+    return float(load.metrics["over_none"])
+
+
+def _chosen(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> str:
+    """The draft that the selection chose.
+
+    Raises:
+        InputError: it chose none, or has not been run.
+    """
+    score = _existing(context, score_spec(context, corpus, drafts), "score")
+    winner = read_decision(_existing(context, select_spec(context, score), "select")).winner
+    if winner == BASELINE:
+        raise InputError("the selection chose no draft", where="load.draft", mend="name one, as in load.draft=lookup")
+    return winner
 
 
 def _scored(context: RunContext) -> Artifact:

@@ -152,7 +152,7 @@ def read_records(path: Path) -> list[Record]:
 def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], work: Work) -> None:
     cfg = context.cfg
     arms = _load_arms(context, drafts)
-    prompts = _score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
+    prompts = score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
     stops = stop_tokens(arms[BASELINE].target)
     plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
     measured = plan.measured(context)
@@ -192,8 +192,12 @@ def _load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Ar
     return arms
 
 
-def _score_prompts(rows: list[SplitPrompt], target: CausalModel, max_tokens: int) -> dict[str, list[ScorePrompt]]:
-    """First turns of validation and held-out prompts in tokens, those too long left out."""
+def score_prompts(rows: list[SplitPrompt], target: CausalModel, max_tokens: int) -> dict[str, list[ScorePrompt]]:
+    """First turns of validation and held-out prompts in tokens, by split; those too long left out.
+
+    Raises:
+        InputError: none of a split is short enough.
+    """
     limit = min(max_tokens, target.context_limit - 1)
     found: dict[str, list[ScorePrompt]] = {"validation": [], "heldout": []}
     for row in rows:

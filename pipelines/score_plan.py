@@ -49,13 +49,13 @@ class ScorePlan:
         }
 
 
-def _by_domain(prompts: list[ScorePrompt], seed: int) -> list[list[ScorePrompt]]:
+def by_domain(prompts: list[ScorePrompt], seed: int) -> list[list[ScorePrompt]]:
     """Prompts of each domain in a seeded order."""
     domains = sorted({p.domain for p in prompts})
     return [sorted((p for p in prompts if p.domain == d), key=lambda p: rank(p.id, seed=seed)) for d in domains]
 
 
-def _round_robin(groups: list[list[ScorePrompt]], per_group: int) -> list[ScorePrompt]:
+def round_robin(groups: list[list[ScorePrompt]], per_group: int) -> list[ScorePrompt]:
     """The first prompts of each group, one of each in turn."""
     return [group[i] for i in range(per_group) for group in groups if i < len(group)]
 
@@ -77,12 +77,12 @@ def make_score_plan(
             data["chances"],
         )
     cfg = context.cfg
-    validation = _round_robin(_by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
+    validation = round_robin(by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
     start = time.monotonic()
     blocks, seconds_per_token = _choose_blocks(context, arms, validation, stops)
     chances = _calibrate(context, arms, blocks, prompts["validation"], stops, path.parent)
     spent = time.monotonic() - start
-    groups = _by_domain(prompts["heldout"], cfg.seed)
+    groups = by_domain(prompts["heldout"], cfg.seed)
     count = cfg.budget.score_prompts
     if count is None:
         per_prompt = cfg.decode.max_new_tokens * len(cfg.score.temperatures) * sum(seconds_per_token.values())
@@ -96,7 +96,7 @@ def make_score_plan(
         # Up to the screening every arm runs; after it, those that are not clearly slow.
         count = screened + int((left / len(groups) - screened * per_prompt) / fast) if screened else 0
         count = max(2, count if screened else int(left / len(groups) / per_prompt))
-    chosen = _round_robin(groups, count)
+    chosen = round_robin(groups, count)
     screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
     plan = ScorePlan(blocks, [p.id for p in chosen], screen_at, chances)
     write_json(path, asdict(plan))
@@ -161,7 +161,7 @@ def _calibrate(
     cfg = context.cfg
     if not cfg.lookahead.calibrates:
         return {name: Chances().to_json() for name in blocks}
-    chosen = _round_robin(_by_domain(validation, cfg.seed), cfg.score.calibration_prompts)
+    chosen = round_robin(by_domain(validation, cfg.seed), cfg.score.calibration_prompts)
     found = {
         name: calibrate(
             arms[name],

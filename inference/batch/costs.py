@@ -1,6 +1,6 @@
-"""What a round of several requests costs on this machine: passes over many blocks, and drafting, by number of requests.
+"""What a round of several requests costs on this machine: passes over many blocks, and drafting, by requests.
 
-`measure_load_costs` times both once; `LoadCosts` looks them up. Contexts are filled with noise: only their shape counts.
+`measure_load_costs` times both once; `LoadCosts` looks them up. Contexts hold noise: only their shape counts.
 """
 
 import statistics
@@ -57,7 +57,7 @@ class LoadCosts:
         return _between(self.drafts, requests, lambda pair, measured: pair[0] + tokens * pair[1])
 
     def table(self) -> list[list[str]]:
-        """Rows for people: requests, milliseconds of passes by tokens a request, of drafting one token and a further."""
+        """Rows for people: requests; milliseconds of passes by tokens a request, of drafting one token, a further."""
         rows = []
         for requests, row in self.passes.items():
             cells = [f"{1e3 * s:.1f} +- {1e3 * self.spread[requests][b]:.1f}" for b, s in row.items()]

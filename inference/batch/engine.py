@@ -44,6 +44,9 @@ from inference.model import CausalModel
 from inference.randomness import Source
 from inference.verification import Verdict
 
+# More tokens in a pass of prompts save nothing, and its states want room.
+_PREFILL_TOKENS = 2048
+
 
 class Outcome(Enum):
     """What has become of a request."""
@@ -266,15 +269,13 @@ class BatchEngine:
     def _propose(self) -> None:
         """Draft for all that run; under a shared policy, cut the blocks to what it admits."""
         if self._sharing is None:
-            policies = [running.policy for running in self._running]
+            proposals = self._drafts.propose([running.ask(running.policy) for running in self._running])
         else:
-            depth = self._sharing.depth(len(self._running))
-            policies = self._sharing.policies(depth, len(self._running))
-        asks = [running.ask(policy) for running, policy in zip(self._running, policies, strict=True)]
-        proposals = self._drafts.propose(asks)
-        if self._sharing is not None:
-            admitted = self._sharing.admit(policies, [len(proposal) for proposal in proposals])
-            proposals = [proposal.first(length) for proposal, length in zip(proposals, admitted, strict=True)]
+            noted = self._sharing.policies(self._sharing.depth(len(self._running)), len(self._running))
+            asks = [running.ask(policy) for running, policy in zip(self._running, noted, strict=True)]
+            drafted = self._drafts.propose(asks)
+            admitted = self._sharing.admit(noted, [len(proposal) for proposal in drafted])
+            proposals = [proposal.first(length) for proposal, length in zip(drafted, admitted, strict=True)]
         for running, proposal in zip(self._running, proposals, strict=True):
             running.proposal = proposal
 
@@ -302,29 +303,32 @@ class BatchEngine:
 
     def _admit(self) -> None:
         """Give slots to waiting requests in order, and prefill them."""
+        admitted: list[int] = []
         while self._waiting and len(self._running) < self.max_requests:
             handle = self._waiting[0]
             rooms = [*(self._room(running.handle) for running in self._running), self._room(handle)]
             if self._needed(rooms) > self.max_cache_tokens:
-                return
+                break
             self._waiting.popleft()
-            running = _Running(handle, self.lookahead.begin(), budget=self._budget(handle))
-            slot = self._cache.join()
-            self._running.append(running)
+            admitted.append(self._cache.join())
+            self._running.append(_Running(handle, self.lookahead.begin(), budget=self._budget(handle)))
             handle.outcome = Outcome.RUNNING
-            self._prefill(running, slot)
+            self._drafts.join(handle.prompt)
+        # A prompt's last token is the first anchor, so that of a single token nothing is prefilled.
+        several = [slot for slot in admitted if self._running[slot].handle.prompt.shape[0] > 1]
+        for slots in _pieces(several, [self._running[slot].handle.prompt.shape[0] for slot in several]):
+            self._prefill(slots)
 
-    def _prefill(self, running: _Running, slot: int) -> None:
-        """Feed all of a prompt but its last token, which is the first anchor."""
-        prompt = running.handle.prompt
-        self._drafts.join(prompt)
-        if prompt.shape[0] < 2:
-            return
+    def _prefill(self, slots: Sequence[int]) -> None:
+        """Feed all of these requests' prompts but the last token of each, in one pass."""
+        prompts = [self._running[slot].handle.prompt[:-1] for slot in slots]
+        widths = [prompt.shape[0] for prompt in prompts]
+        rows = torch.empty(0, dtype=torch.long, device=prompts[0].device)
         with self.target.tapped(self._drafts.taps) as features:
-            rows = torch.empty(0, dtype=torch.long, device=prompt.device)
-            ragged_logits(self.target, prompt[:-1], [prompt.shape[0] - 1], self._cache, rows=rows, active=[slot])
+            ragged_logits(self.target, torch.cat(prompts), widths, self._cache, rows=rows, active=slots)
             if self._drafts.taps:
-                self._drafts.read(slot, features.take()[0])
+                for slot, own in zip(slots, features.take()[0].split(widths), strict=True):
+                    self._drafts.read(slot, own)
 
     def _end(self, handle: Handle, outcome: Outcome) -> None:
         """Free what a request holds; the last slot's request moves into its place."""
@@ -350,3 +354,16 @@ class BatchEngine:
     @staticmethod
     def _needed(rooms: list[int]) -> int:
         return len(rooms) * max(rooms, default=0)
+
+
+def _pieces(slots: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Slots in order, in groups whose prompts have so many tokens that a pass is worth its while and no more."""
+    groups: list[list[int]] = []
+    held = 0
+    for slot, length in zip(slots, lengths, strict=True):
+        if not groups or held + length > _PREFILL_TOKENS:
+            groups.append([])
+            held = 0
+        groups[-1].append(slot)
+        held += length
+    return groups

@@ -80,6 +80,7 @@ class Ask:
     generator: Source
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes tokens for one request at a time.
 

@@ -45,12 +45,12 @@ def _leave_unpacked(model: nn.Module) -> None:
     On CPUs with bf16 instructions it repacks a 4-bit weight in its first pass, and fails where the width is no multiple
     of the block that shares a scale, or the height none of its own 32 rows.
     """
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            block = module.weight.quant_state.blocksize
-            if module.in_features % block or module.out_features % _PACKED_ROWS:
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            if module.in_features % weight.quant_state.blocksize or module.out_features % _PACKED_ROWS:
                 module.support_avx512bf16_for_cpu = False
 
 

@@ -230,10 +230,11 @@ class DraftContext(Protocol):
     """Keys and values of the contexts of R requests, as a network extends and reads them.
 
     Attributes:
-        last: what a network wants to keep of the last position of each request besides, `[R, 1, D]`.
+        last: what a network wanted to keep of the last position of each request besides, `[R, 1, D]`.
     """
 
-    last: Tensor
+    @property
+    def last(self) -> Tensor: ...
 
     def coming(self, count: int, device: torch.device) -> Tensor:
         """Positions of the `count` tokens that are being read, int64 `[1, count]`."""

@@ -10,6 +10,7 @@ from inference.attention import use_grouped_attention
 from inference.batch import BatchEngine, Handle, Outcome
 from inference.batch.costs import LoadCosts
 from inference.batch.sharing import Noting, PassSharing
+from inference.costs import RoundCosts
 from inference.decoder import Request, decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
@@ -22,7 +23,6 @@ from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.lookahead import Measured, Signals, Visible
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
-from inference.costs import RoundCosts
 from inference.model import CausalModel
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings

@@ -1,0 +1,417 @@
+"""One engine under load: requests kept running in a closed loop, or coming as a Poisson process, and what each took.
+
+Drives and writes down; what follows from it is `inference.batch.load_figures`. All seconds count from the start of the
+run, by the clock that is passed in.
+"""
+
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from inference.batch.engine import BatchEngine, Handle, Outcome
+from inference.decoder import Request
+from inference.model import CausalModel
+from inference.randomness import TorchSource
+from inference.records import Mismatch, tokens_digest
+
+CLOSED, POISSON, BATCH = "closed", "poisson", "batch"
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One request of a load.
+
+    Attributes:
+        prompt_id: of the prompt.
+        domain: of the prompt.
+        prompt: int64 `[T]`.
+        request: sampling, length and stop rules.
+        seed: of its random decisions, the same under every arm.
+    """
+
+    prompt_id: str
+    domain: str
+    prompt: torch.Tensor
+    request: Request
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What became of one request. Moments are seconds from the start of the run.
+
+    Attributes:
+        prompt_id: of the prompt.
+        domain: of the prompt.
+        temperature: it was decoded at.
+        arrival: when it came; in a closed loop, when a place for it was free.
+        start: when the round that let it in began, its prefill included.
+        end: when its last token was there.
+        emissions: after every round of it, the moment and the number of tokens.
+        passes: target passes it took part in after the prefill.
+        proposed: by position, rounds that verified it.
+        accepted: by position, rounds in which it stood.
+        blocks: by block length, rounds.
+        digest: of the emitted token ids.
+        mismatch: at temperature 0, where it left the target-only output of the same load, or None.
+    """
+
+    prompt_id: str
+    domain: str
+    temperature: float
+    arrival: float
+    start: float
+    end: float
+    emissions: list[tuple[float, int]]
+    passes: int
+    proposed: list[int]
+    accepted: list[int]
+    blocks: dict[str, int]
+    digest: str
+    mismatch: Mismatch | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens emitted."""
+        return sum(count for _, count in self.emissions)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """From the start of its first round to its end, over its tokens."""
+        return (self.end - self.start) / self.tokens
+
+    def gaps(self, *, until: float) -> list[float]:
+        """Seconds between tokens, one entry a token, up to a moment.
+
+        A round that emits three tokens gives three entries of a third of the time since the round before. The first
+        round gives none: its time is the prefill's, and shows in the time to the first token.
+        """
+        found: list[float] = []
+        for (before, _), (moment, count) in zip(self.emissions, self.emissions[1:], strict=False):
+            if moment <= until:
+                found += [(moment - before) / count] * count
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One engine's run over a list of requests.
+
+    Attributes:
+        window: seconds that count for throughput: of a closed loop those in which every place was taken, from the
+            start, so that prefills count and the drain at the end does not; else all of them.
+        elapsed: seconds until the last request had ended.
+        rounds: steps of the engine.
+        pass_seconds: inside the target's passes, those of prefills included.
+        draft_seconds: of drafting; next to nothing where nothing drafts.
+        served: in the order of the list.
+    """
+
+    window: float
+    elapsed: float
+    rounds: int
+    pass_seconds: float
+    draft_seconds: float
+    served: list[Served]
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens emitted within the window."""
+        return sum(count for one in self.served for moment, count in one.emissions if moment <= self.window)
+
+    @property
+    def outside_seconds(self) -> float:
+        """Seconds that went neither into the target's passes nor into drafting, waiting for arrivals included."""
+        return max(0.0, self.elapsed - self.pass_seconds - self.draft_seconds)
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One load.
+
+    Attributes:
+        kind: `closed` loop, `poisson` arrivals, or `batch`: all requests at once and none after them.
+        concurrency: requests that are kept running, or the most that may run at once.
+        share: of a Poisson load, requests a second over those that target-only decoding can serve; else 0.
+    """
+
+    kind: str
+    concurrency: int
+    share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRun:
+    """One arm on one block of requests: the unit that every figure of a load is computed from.
+
+    Attributes:
+        arm: name of the arm.
+        point: the load.
+        block: index of the block; all arms of a block had the same requests.
+        order: position of this arm among the arms of the block, from 0.
+        precision: the target's arithmetic.
+        trace: what happened.
+    """
+
+    arm: str
+    point: Point
+    block: int
+    order: int
+    precision: str
+    trace: Trace
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> "LoadRun":
+        """Rebuild a run from its line."""
+        data: dict[str, Any] = json.loads(line)
+        trace = data["trace"]
+        served = [
+            Served(
+                **{
+                    **one,
+                    "emissions": [(moment, count) for moment, count in one["emissions"]],
+                    "mismatch": one["mismatch"] and Mismatch(**one["mismatch"]),
+                }
+            )
+            for one in trace["served"]
+        ]
+        return cls(**{**data, "point": Point(**data["point"]), "trace": Trace(**{**trace, "served": served})})
+
+
+@dataclass
+class PassTimer:
+    """Seconds inside a model's passes, and their number."""
+
+    seconds: float = 0.0
+    passes: int = 0
+
+
+@contextmanager
+def timed_passes(model: CausalModel, *, clock: Clock = time.perf_counter) -> Iterator[PassTimer]:
+    """Time every pass of a model inside the block, whoever makes it; waits for an accelerator at both ends."""
+    timer, began = PassTimer(), [0.0]
+    now = clocked(model.device, clock)
+
+    def before(*_: object) -> None:
+        began[0] = now()
+
+    def after(*_: object) -> None:
+        timer.seconds += now() - began[0]
+        timer.passes += 1
+
+    handles = [model.model.register_forward_pre_hook(before), model.model.register_forward_hook(after)]
+    try:
+        yield timer
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def clocked(device: torch.device, clock: Clock) -> Clock:
+    """The clock, read when the device has done what it was given."""
+    if device.type != "cuda":
+        return clock
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return now
+
+
+def closed_loop(
+    engine: BatchEngine, asked: Sequence[Asked], *, concurrency: int, clock: Clock = time.perf_counter
+) -> tuple[Trace, list[list[int]]]:
+    """Keep a number of requests running: each that ends is replaced by the next of the list, until all have ended.
+
+    Args:
+        engine: idle, with as many places at least.
+        asked: the list.
+        concurrency: requests that are kept running.
+        clock: seconds.
+
+    Returns:
+        What happened, and the tokens of every request, in the order of the list.
+
+    Raises:
+        ValueError: fewer requests than are to run at once, or fewer places in the engine.
+    """
+    if not 1 <= concurrency <= min(len(asked), engine.max_requests):
+        raise ValueError(
+            f"{len(asked)} requests and {engine.max_requests} places cannot keep {concurrency} requests running"
+        )
+    with _Driver.watching(engine, clock) as driver:
+        waiting = deque(asked)
+        window: float | None = None
+        while waiting or not engine.idle:
+            while waiting and driver.num_open < concurrency:
+                driver.submit(waiting.popleft(), arrival=driver.now())
+            if window is None and driver.num_open < concurrency:
+                window = driver.now()
+            driver.step()
+        # Where all of the last ones end in one round, no place was ever free.
+        window = driver.now() if window is None else window
+        return driver.trace(window), driver.answers()
+
+
+def timed_load(
+    engine: BatchEngine,
+    asked: Sequence[Asked],
+    arrivals: Sequence[float],
+    *,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[Trace, list[list[int]]]:
+    """Let requests come at given moments, whatever the engine is doing, until all have ended.
+
+    A request has arrived at its moment even where a round kept the engine from taking it, so that waiting counts.
+
+    Args:
+        engine: idle.
+        asked: the list.
+        arrivals: of each request, ascending, seconds from the start; see `poisson_arrivals`. All at 0 is a batch.
+        clock: seconds.
+        sleep: waits for so many seconds, while nothing runs.
+
+    Returns:
+        What happened, and the tokens of every request, in the order of the list.
+    """
+    with _Driver.watching(engine, clock) as driver:
+        waiting = deque(zip(arrivals, asked, strict=True))
+        while waiting or not engine.idle:
+            while waiting and waiting[0][0] <= driver.now():
+                arrival, one = waiting.popleft()
+                driver.submit(one, arrival=arrival)
+            if engine.idle:
+                sleep(max(0.0, waiting[0][0] - driver.now()))
+            else:
+                driver.step()
+        return driver.trace(driver.now()), driver.answers()
+
+
+def poisson_arrivals(count: int, *, rate: float, seed: int) -> list[float]:
+    """Moments of a Poisson process: gaps are exponential with mean 1 / rate.
+
+    Args:
+        count: arrivals.
+        rate: a second.
+        seed: fixes them; another rate stretches the same pattern.
+    """
+    draw, moment, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        moment += draw.expovariate(1.0) / rate
+        found.append(moment)
+    return found
+
+
+@dataclass
+class _Watched:
+    """A request that was submitted."""
+
+    asked: Asked
+    handle: Handle
+    arrival: float
+    start: float | None
+    emissions: list[tuple[float, int]]
+
+
+class _Driver:
+    """Submits, steps and takes the times."""
+
+    def __init__(self, engine: BatchEngine, clock: Clock, timer: PassTimer) -> None:
+        self.engine, self._clock, self._timer = engine, clocked(engine.target.device, clock), timer
+        self._watched: list[_Watched] = []
+        self._open: list[_Watched] = []
+        self._rounds = 0
+        self._drafted = engine.seconds["draft"]
+        self._began = self._clock()
+
+    @classmethod
+    @contextmanager
+    def watching(cls, engine: BatchEngine, clock: Clock) -> Iterator["_Driver"]:
+        """A driver whose clock starts now."""
+        assert engine.idle, "an engine under load serves no one else"
+        with timed_passes(engine.target, clock=clock) as timer:
+            yield cls(engine, clock, timer)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._began
+
+    def submit(self, asked: Asked, *, arrival: float) -> None:
+        """Hand a request to the engine."""
+        emissions: list[tuple[float, int]] = []
+        handle = self.engine.submit(
+            asked.prompt,
+            asked.request,
+            generator=TorchSource.seeded(asked.seed, device=asked.prompt.device),
+            on_tokens=lambda tokens: emissions.append((self.now(), len(tokens))),
+        )
+        self._watched.append(_Watched(asked, handle, arrival, None, emissions))
+        self._open.append(self._watched[-1])
+
+    def step(self) -> None:
+        """One round."""
+        began = self.now()
+        self.engine.step()
+        self._rounds += 1
+        for one in self._open:
+            if one.start is None and one.handle.outcome is not Outcome.WAITING:
+                one.start = began
+        self._open = [one for one in self._open if not one.handle.ended]
+
+    def trace(self, window: float) -> Trace:
+        """All that was seen."""
+        return Trace(
+            window=_rounded(window),
+            elapsed=_rounded(self.now()),
+            rounds=self._rounds,
+            pass_seconds=_rounded(self._timer.seconds),
+            draft_seconds=_rounded(self.engine.seconds["draft"] - self._drafted),
+            served=[_served(one) for one in self._watched],
+        )
+
+    def answers(self) -> list[list[int]]:
+        """Tokens of every request."""
+        return [one.handle.result.tokens for one in self._watched]
+
+
+def _served(one: _Watched) -> Served:
+    assert one.start is not None and one.emissions, "a request that has ended was let in and has emitted"
+    result = one.handle.result
+    return Served(
+        prompt_id=one.asked.prompt_id,
+        domain=one.asked.domain,
+        temperature=one.asked.request.settings.temperature,
+        arrival=_rounded(one.arrival),
+        start=_rounded(one.start),
+        end=_rounded(one.emissions[-1][0]),
+        emissions=[(_rounded(moment), count) for moment, count in one.emissions],
+        passes=result.passes,
+        proposed=result.proposed,
+        accepted=result.accepted,
+        blocks={str(length): rounds for length, rounds in sorted(result.blocks.items())},
+        digest=tokens_digest(result.tokens),
+    )
+
+
+def _rounded(seconds: float) -> float:
+    """Microseconds are enough, and keep a line short."""
+    return round(seconds, 6)
