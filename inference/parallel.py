@@ -31,7 +31,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from inference import processes
 from inference.attention import current_override, current_siblings, masked_siblings, use_grouped_attention
@@ -126,11 +126,12 @@ def check_spread(folder: Path, *, precision: str, device: torch.device, size: in
             mend="use one process, without torchrun",
         )
     heads = text.num_attention_heads
-    shared = math.gcd(heads, text.to_dict().get("num_key_value_heads") or heads)
+    of_keys = text.to_dict().get("num_key_value_heads") or heads
+    shared = math.gcd(heads, of_keys)
     if shared % size:
         fitting = [str(n) for n in range(2, shared + 1) if shared % n == 0]
         raise InputError(
-            f"{heads} heads in groups of {shared} cannot be shared out among {size} processes",
+            f"{heads} heads, with {of_keys} of keys and values, cannot be shared out among {size} processes",
             where="torchrun --nproc-per-node",
             mend=f"use {' or '.join(fitting)} processes" if fitting else "use one process, without torchrun",
         )
@@ -376,8 +377,8 @@ class _Follower:
     def _do(self, message: dict[str, Any]) -> None:
         if message["do"] == "load":
             part = {name: message[name] for name in ("precision", "attention")}
-            model = _load_part(self.group, Path(message["folder"]), **part)
-            self.models[message["number"]] = CausalModel(model, precision=message["precision"])
+            loaded = _load_part(self.group, Path(message["folder"]), **part)
+            self.models[message["number"]] = CausalModel(loaded, precision=message["precision"])
             return
         model = self.models[message["number"]]
         with self.group.together(), torch.inference_mode():
@@ -392,7 +393,8 @@ class _Follower:
             return None
         cache = self.caches.get(told["number"])
         if cache is None:
-            cache = model.new_cache() if told["slots"] is None else _slots(model, *told["slots"])
+            limits = told["slots"]
+            cache = model.new_slots(max_slots=limits[0], max_tokens=limits[1]) if limits else model.new_cache()
             self.caches[told["number"]] = cache
         for name, *given in told["edits"]:
             if name not in _EDITS:
@@ -407,10 +409,6 @@ class _Follower:
             self.caches.pop(number, None)
             if self.models.pop(number, None) is not None:
                 gc.collect()  # a sharded model is a cycle
-
-
-def _slots(model: CausalModel, max_slots: int, max_tokens: int) -> SlotCache:
-    return model.new_slots(max_slots=max_slots, max_tokens=max_tokens)
 
 
 def _feed(model: CausalModel, cache: RollbackCache | SlotCache | None, message: dict[str, Any]) -> None:

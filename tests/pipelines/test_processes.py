@@ -30,7 +30,7 @@ def test_stages_run_once_over_a_target_in_two_processes(tiny_place: Workplace, t
         assert done.returncode == 0, done.stderr
     manifest = read(place.only("score") / "manifest.json")
     assert "2 processes" in manifest["config"]["device"]
-    assert done.stderr.count("precision   target-only fp32") == 1
+    assert done.stdout.count("precision   target-only fp32") == 1
     digests = token_digests(place.only("score"))
     greedy = {(prompt, arm): digest for (prompt, temperature, arm), digest in digests.items() if not temperature}
     assert greedy and all(digest == greedy[prompt, "none"] for (prompt, _), digest in greedy.items())
