@@ -7,12 +7,14 @@ The command line stands around it, so that errors and exit codes are the real on
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from inference import parallel
 from inference.batch import BatchEngine
 from inference.cache import RollbackCache
 from inference.decoder import Request, decode
@@ -22,6 +24,7 @@ from inference.drafters.lookup import LookupDrafter, LookupSettings
 from inference.feature_drafts import make_network
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.generation import generate_batch
+from inference.loading import check_model_folder
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.parallel import load_target
@@ -127,17 +130,11 @@ def everything(folder: Path) -> int:
     return 0
 
 
-def lookup_alone(folder: Path) -> int:
-    """Tokens of `decoded` with look-up, and of a second target in another arithmetic."""
-    target = target_of(folder)
-    found = {"decoded": decoded(target, {"lookup": lambda: LookupDrafter(LookupSettings(shortest=1))})}
-    write(folder, found)
-    return 0
-
-
 def not_rolled_back(folder: Path) -> int:
-    """A mutant: followers forget to roll back their mirrors."""
-    return lookup_alone(folder)
+    """Tokens of look-up; on several processes a mutant, whose followers forget to roll back their mirrors."""
+    target = target_of(folder)
+    write(folder, {"decoded": decoded(target, {"lookup": lambda: LookupDrafter(LookupSettings(shortest=1))})})
+    return 0
 
 
 def endless(folder: Path) -> int:
@@ -150,11 +147,15 @@ def endless(folder: Path) -> int:
 
 def idle(folder: Path) -> int:
     """Do nothing with the target that was loaded; `decoding` appears when it was."""
-    import time
-
     target_of(folder)
     (folder / "decoding").touch()
     time.sleep(600)
+    return 0
+
+
+def elsewhere(folder: Path) -> int:
+    """The target is not where the followers look; see `main`."""
+    target_of(folder)
     return 0
 
 
@@ -168,12 +169,15 @@ def write(folder: Path, found: Any) -> None:
     (folder / f"{num_processes()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-PROGRAMS = {p.__name__: p for p in (everything, lookup_alone, not_rolled_back, endless, idle, packed)}
+PROGRAMS = {p.__name__: p for p in (everything, not_rolled_back, endless, idle, elsewhere, packed)}
 
 
 def main(name: str, folder: Path) -> int:
-    if name == "not_rolled_back" and os.environ.get("RANK", "0") != "0":
+    follower = os.environ.get("RANK", "0") != "0"
+    if name == "not_rolled_back" and follower:
         RollbackCache.rollback = lambda self, length: None  # type: ignore[method-assign]
+    if name == "elsewhere" and follower:
+        parallel.check_model_folder = lambda given: check_model_folder(given / "elsewhere")
     cli._dispatch = lambda words: PROGRAMS[name](folder)  # type: ignore[assignment]
     return cli.main([])
 

@@ -42,7 +42,7 @@ class Processes:
     folder: Path
 
     @classmethod
-    def start(cls, name: str, folder: Path, *, size: int = 2, module: str = "") -> "Processes":
+    def start(cls, name: str, folder: Path, *, size: int = 2) -> "Processes":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -53,7 +53,7 @@ class Processes:
             if size > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
             with (folder / f"{rank}.err").open("wb") as errors:
-                words = [sys.executable, "-m", module or "tests.inference.parallel_program", name, str(folder)]
+                words = [sys.executable, "-m", "tests.inference.parallel_program", name, str(folder)]
                 started.append(subprocess.Popen(words, cwd=ROOT, env=env, stderr=errors))
         return cls(started, folder)
 
@@ -132,12 +132,11 @@ def test_a_mirror_that_is_not_rolled_back_changes_the_tokens(place: Path) -> Non
 
 
 @pytest.mark.parametrize("program", ["endless", "idle"])
-@pytest.mark.parametrize("number", [signal.SIGKILL])
-def test_a_follower_that_dies_ends_the_leader_with_one_line(place: Path, program: str, number: int) -> None:
+def test_a_follower_that_dies_ends_the_leader_with_one_line(place: Path, program: str) -> None:
     processes = Processes.start(program, place)
     processes.wait_for("decoding")
-    os.kill(processes.started[1].pid, number)
-    assert processes.codes(within_s=30) == [1, -number]
+    processes.started[1].kill()
+    assert processes.codes(within_s=30) == [1, -signal.SIGKILL]
     assert processes.said(0).startswith(LINE) and processes.said(0).count("\n") == 1
 
 
@@ -164,6 +163,13 @@ def test_what_the_leader_refuses_ends_all_with_its_code(place: Path) -> None:
     processes = Processes.start("packed", place)
     assert processes.codes(within_s=60) == [2, 2]
     assert processes.said(0).startswith("dspark: packed weights (fp32_packed) cannot be spread over 2 processes")
+    assert processes.said(0).count("\n") == 1 and processes.said(1) == ""
+
+
+def test_a_follower_that_cannot_load_its_part_is_named_by_the_leader(place: Path) -> None:
+    processes = Processes.start("elsewhere", place)
+    assert processes.codes(within_s=60) == [2, 2]
+    assert processes.said(0).startswith("dspark: process 1 cannot load its part: no such model folder")
     assert processes.said(0).count("\n") == 1 and processes.said(1) == ""
 
 
