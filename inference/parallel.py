@@ -11,7 +11,8 @@ The draft is not repeated on the followers, and neither is anything random. Thei
 distribution, so a second copy of the draft would only cost memory and time, and a second random stream could only come
 out of step: with one of each, no two processes can disagree about what was accepted.
 
-Not data parallel, and not for training: what has gradients runs on the leader alone.
+Not data parallel: what has gradients runs on the leader alone. So does whatever the leader starts as a process of its
+own, such as the check of a published pair, which needs the whole target on one device.
 """
 
 import copy
