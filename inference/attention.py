@@ -77,6 +77,11 @@ def masked_siblings(slots: Sequence[int]) -> Iterator[None]:
         _SLOTS.reset(token)
 
 
+def current_siblings() -> tuple[int, ...]:
+    """The places that `masked_siblings` was given for the pass that is being made."""
+    return _SLOTS.get()
+
+
 def sibling_mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     """transformers' `sdpa_mask`, with the rows of siblings put right where there are any."""
     slots = _SLOTS.get()
@@ -124,6 +129,11 @@ def overridden(attending: Attending) -> Iterator[None]:
         yield
     finally:
         _OVERRIDE.reset(token)
+
+
+def current_override() -> Attending | None:
+    """How the pass that is being made attends, if in a way of its own."""
+    return _OVERRIDE.get()
 
 
 def _attention(*states: Any, **options: Any) -> tuple[Tensor, None]:

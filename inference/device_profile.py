@@ -23,9 +23,10 @@ from filelock import FileLock
 
 from inference.costs import interpolated, monotone
 from inference.layers import decoder_layers
-from inference.loading import load_causal_model
 from inference.model import CausalModel
+from inference.parallel import load_target
 from inference.precision import available_precisions
+from inference.processes import num_processes
 from inference.target import TargetConfig, config_shape
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
     train: dict[str, dict[str, float]] = {}
     for visit in range(_VISITS):
         for precision in reversed(names) if visit % 2 else names:
-            model = load_causal_model(folder, precision=precision, device=device, attention=attention)
+            model = load_target(folder, precision=precision, device=device, attention=attention)
             _time_passes(model, seconds[precision])
             if precision in {"fp32", "bf16"} and precision not in train:
                 train[precision] = _time_training(model)
@@ -165,15 +166,17 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
 
 
 def device_name(device: torch.device) -> str:
-    """Processor or GPU name, with the thread count and whether bf16 instructions exist on a CPU."""
+    """Processor or GPU name, with the thread count and whether bf16 instructions exist on a CPU, and the processes that
+    a target is spread over where they are several."""
+    processes = f", {num_processes()} processes" if num_processes() > 1 else ""
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+        return f"{torch.cuda.get_device_name(device)}{processes}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{processes}"
 
 
 def library_versions() -> dict[str, str]:
@@ -222,10 +225,10 @@ def _time_training(model: CausalModel) -> dict[str, float]:
     The head stays frozen, as in distillation: its cost is the draft's logits, the gradient of its input, the target's
     logits, and a KL divergence over the vocabulary.
     """
-    layer = decoder_layers(model.model)[0]
+    layer = model.whole(decoder_layers(model.model)[0])
     weights = [m.weight.detach().float().requires_grad_() for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     inputs = [torch.randn(_TRAIN_ROWS, w.shape[1], device=w.device, requires_grad=True) for w in weights]
-    head = model.model.get_output_embeddings().weight.detach().float()
+    head = model.head.linear.get_parameter("weight").detach().float()
     state = torch.randn(_TRAIN_ROWS, head.shape[1], device=head.device, requires_grad=True)
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +22,7 @@ from inference.errors import InputError, first_line
 from inference.layers import keep_layers
 from inference.model import CausalModel
 from inference.precision import apply_precision, storage_dtype
+from inference.processes import is_loss
 
 
 def load_causal_model(
@@ -46,6 +48,32 @@ def load_causal_model(
         InputError: missing folder, missing, truncated, incomplete or non-finite weights.
     """
     check_model_folder(folder)
+    device_map = {"": str(device)} if quantization is not None else None
+    model = load_pretrained(
+        folder, precision=precision, attention=attention, quantization_config=quantization, device_map=device_map
+    )
+    check_finite(model, where=str(folder))
+    if kept_layers is not None:
+        keep_layers(model, kept_layers)
+    if quantization is None:
+        nn.Module.to(model, device)
+        apply_precision(model, precision)
+    use_grouped_attention(model)
+    return CausalModel(model, folder=folder, precision=precision)
+
+
+def load_pretrained(folder: Path, *, precision: str, attention: str, **options: Any) -> PreTrainedModel:
+    """The transformers model of a folder, whole or refused.
+
+    Args:
+        folder: a folder that `check_model_folder` has passed.
+        precision: decides the dtype of the weights.
+        attention: transformers' attention implementation.
+        options: for `from_pretrained`.
+
+    Raises:
+        InputError: transformers cannot load it, or weights are missing.
+    """
     with quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -53,12 +81,13 @@ def load_causal_model(
                 output_loading_info=True,
                 dtype=storage_dtype(precision),
                 attn_implementation=attention,
-                quantization_config=quantization,
-                device_map={"": str(device)} if quantization is not None else None,
                 use_safetensors=True,
                 trust_remote_code=False,
+                **options,
             )
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            if is_loss(error):
+                raise
             raise InputError(
                 f"cannot load the model: {first_line(error)}",
                 where=str(folder),
@@ -73,14 +102,7 @@ def load_causal_model(
             where=str(folder),
             mend="fetch or build the folder again",
         )
-    check_finite(model, where=str(folder))
-    if kept_layers is not None:
-        keep_layers(model, kept_layers)
-    if quantization is None:
-        nn.Module.to(model, device)
-        apply_precision(model, precision)
-    use_grouped_attention(model)
-    return CausalModel(model, folder=folder, precision=precision)
+    return model
 
 
 def check_model_folder(folder: Path) -> None:
@@ -113,12 +135,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_finite(model: nn.Module, *, where: str) -> None:
-    """Refuse weights with NaN or infinity.
+    """Refuse weights with NaN or infinity, of those that lie in this process.
 
     Raises:
         InputError: naming the first such tensor.
     """
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"NaN or infinite weights in {name}", where=where, mend="fetch or build it again")
 

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from inference.errors import InputError, first_line
 from inference.features import Features, tapped
 from inference.precision import model_nbytes
 
+if TYPE_CHECKING:
+    from inference.batch.cache import SlotCache
+
 
 class CausalModel:
     """A model ready to decode.
@@ -28,7 +31,6 @@ class CausalModel:
         model: the transformers model, in evaluation mode.
         folder: where it was loaded from; None for a model made in memory.
         precision: its arithmetic.
-        head: from the last hidden states to logits.
     """
 
     def __init__(self, model: PreTrainedModel, *, folder: Path | None = None, precision: str = "fp32") -> None:
@@ -38,7 +40,7 @@ class CausalModel:
         text = model.config.get_text_config(decoder=True)
         self.vocab_size: int = text.vocab_size
         self.context_limit: int = text.max_position_embeddings
-        self.head = OutputHead(model)
+        self._head = OutputHead(model, linear=model.get_output_embeddings())
         self._parameters = inspect.signature(model.forward).parameters
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -61,9 +63,36 @@ class CausalModel:
             self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
+    @property
+    def head(self) -> "OutputHead":
+        """From the last hidden states to logits."""
+        return self._head
+
+    @property
+    def embedding(self) -> nn.Module:
+        """From token ids to what the first layer reads."""
+        module: nn.Module = self.model.get_input_embeddings()
+        return module
+
+    def whole(self, module: nn.Module) -> nn.Module:
+        """A part of the model with all of its weights: the part itself, unless they lie in several processes."""
+        return module
+
     def new_cache(self) -> RollbackCache:
         """An empty cache."""
         return RollbackCache.for_config(self.model.config)
+
+    def new_slots(self, *, max_slots: int, max_tokens: int) -> "SlotCache":
+        """An empty cache of many requests; see `inference.batch`.
+
+        Args:
+            max_slots: most requests at once.
+            max_tokens: most positions of a request.
+        """
+        from inference.batch.cache import SlotCache  # which imports this module by way of the engine
+
+        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        return SlotCache(layers, max_slots=max_slots, max_tokens=max_tokens)
 
     @property
     def takes_siblings(self) -> bool:
@@ -167,16 +196,17 @@ class OutputHead(nn.Module):
     """The map from last hidden states `[n, D]` to logits `[n, V]`: the output embedding, with the soft-cap or the scale
     that some families put behind it. Shares the model's parameters."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, linear: nn.Module) -> None:
         super().__init__()
-        self.linear = model.get_output_embeddings()
+        self.linear = linear
         text = model.config.get_text_config(decoder=True).to_dict()
         self.scale = float(text.get("logit_scale") or 1.0) / float(text.get("logits_scaling") or 1.0)
         self.soft_cap = float(text.get("final_logit_softcapping") or 0.0)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Returns `[n, V]`."""
-        return self.after(self.linear(states))
+        logits: torch.Tensor = self.linear(states)
+        return self.after(logits)
 
     def after(self, logits: torch.Tensor) -> torch.Tensor:
         """Scale and soft-cap alone, for logits of some of the head's rows."""

@@ -20,10 +20,10 @@ from inference.decoder import Decoded, Request, decode
 from inference.device_profile import device_name, device_profile, library_versions
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.errors import InputError
-from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
+from inference.parallel import load_target
 from inference.plugins import plugin
 from inference.precision import available_precisions
 from inference.randomness import TorchSource
@@ -228,7 +228,7 @@ def load_pair(
     precision = decoding["precision"]
     if precision not in available_precisions(torch_device):
         precision = available_precisions(torch_device)[0]
-    model = load_causal_model(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
+    model = load_target(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
     drafter = load_drafter(LoadContext(folder / "draft", target_folder, model, precision, torch_device))
     lookahead = load_lookahead(
         decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from inference.processes import num_processes
+
 PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "fp16")
 _STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
@@ -20,9 +22,11 @@ _READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def available_precisions(device: torch.device) -> list[str]:
-    """Arithmetics that run on a device, exact ones first."""
+    """Arithmetics that run on a device, exact ones first; packed weights cannot be spread over several processes."""
     if device.type != "cpu":
         return ["fp32", "bf16", "fp16"]
+    if num_processes() > 1:
+        return ["fp32", "bf16"]
     names = ["fp32"]
     blocked = torch.backends.mkldnn.is_available()
     if blocked:
@@ -34,6 +38,11 @@ def available_precisions(device: torch.device) -> list[str]:
     if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         names.append("bf16_packed")
     return names
+
+
+def is_packed(precision: str) -> bool:
+    """Whether the linear layers' weights are laid out anew, so that they are parameters no longer."""
+    return precision in _PACKERS
 
 
 def storage_dtype(precision: str) -> torch.dtype:

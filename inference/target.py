@@ -10,8 +10,9 @@ import torch
 
 from inference.embedded import embedded_target
 from inference.errors import InputError
-from inference.loading import check_model_folder, load_causal_model
+from inference.loading import check_model_folder
 from inference.model import CausalModel
+from inference.parallel import load_target
 from inference.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ class TargetConfig:
         return folder
 
     def load(self, cache: Path, *, precision: str) -> CausalModel:
-        """The target in one arithmetic."""
-        return load_causal_model(
+        """The target in one arithmetic, spread over the processes of this run if it has several."""
+        return load_target(
             self.folder(cache), precision=precision, device=self.torch_device(), attention=self.attention
         )
 

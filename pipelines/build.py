@@ -30,8 +30,8 @@ from distill.features import (
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, make_network
 from inference.feature_drafts._checkpoint import save_network
-from inference.loading import load_causal_model
 from inference.model import CausalModel
+from inference.parallel import load_target
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.config import RunConfig
@@ -121,7 +121,7 @@ def _make(context: RunContext, name: str, corpus: Artifact | None, made: dict[st
         return
     assert corpus is not None, "a trained draft needs a corpus"
     # The head alone is used, once per supervised token; fp32 keeps teacher and student comparable.
-    target = load_causal_model(context.target_folder, precision="fp32", device=context.cfg.target.torch_device())
+    target = load_target(context.target_folder, precision="fp32", device=context.cfg.target.torch_device())
     target.model.requires_grad_(False)
     shards = read_shards(corpus.path)
     if any(sample.states is None for shard in shards for sample in shard):

@@ -10,11 +10,11 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from inference.errors import InputError
+from inference.errors import InputError, ProcessLost
 
 DONE, FAILED, BAD_INPUT, BUSY, STOPPED = 0, 1, 2, 4, 130
 """Exit codes; 3 belongs to re-alignment that kept the champion."""
@@ -86,6 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU OpenMP reads this when torch is imported. Its default spins for milliseconds at every barrier, so that one
     # busy neighbour on the machine makes each pass many times dearer; this much spinning costs nothing on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return _on_all_processes(lambda: _run(words))
+    return _run(words)
+
+
+def _on_all_processes(program: Callable[[], int]) -> int:
+    """Under torchrun, run a program on the first process; the others hold parts of its targets until it ends."""
+    try:
+        code: int = importlib.import_module("inference.parallel").run(program)
+    except Exception as error:
+        return _end(ending(error, words=()))
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
@@ -233,7 +248,7 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
         return Ending(BUSY, str(error))
     if isinstance(error, (InputError, TrainingError)):
         return Ending(BAD_INPUT, str(error))
-    if isinstance(error, StageFailed):
+    if isinstance(error, (StageFailed, ProcessLost)):
         return Ending(FAILED, str(error))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return Ending(BAD_INPUT, explain(error, words=[word for word in words if "=" in word]))

@@ -193,6 +193,11 @@ class SlotCache(Cache):
         """Valid positions of each active slot, from slot 0 on."""
         return [*self._ledger.lengths]
 
+    @property
+    def placement(self) -> Placement | None:
+        """Of the pass that is being made; None between passes."""
+        return self._ledger.placement
+
     def join(self) -> int:
         """Activate the next slot, empty, and return it.
 

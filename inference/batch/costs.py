@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from inference.batch.cache import SlotCache
 from inference.batch.drafting import DraftGroup
 from inference.batch.ragged import ragged_logits
 from inference.costs import interpolated, monotone
@@ -135,7 +134,7 @@ def measure_load_costs(
 
 def _time_passes(target: CausalModel, count: int, widths: Sequence[int]) -> list[tuple[float, float]]:
     """Lower quartile and its distance to the median, by tokens a request; widths take turns."""
-    cache = SlotCache.for_config(target.model.config, max_slots=count)
+    cache = target.new_slots(max_slots=count, max_tokens=target.context_limit)
     context = min(_CONTEXT_TOKENS, target.context_limit // 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(target.vocab_size, (count * max(context, *widths),), generator=generator).to(target.device)
@@ -163,28 +162,30 @@ def _time_passes(target: CausalModel, count: int, widths: Sequence[int]) -> list
 def _time_drafts(target: CausalModel, group: DraftGroup, count: int, longest: int) -> tuple[float, float]:
     """Seconds of drafting whatever the length, and for each token, from blocks of one and of `longest` tokens."""
     context = min(_CONTEXT_TOKENS, target.context_limit // 2)
+    lengths = [tokens for _ in range(1 + _REPEATS) for tokens in sorted({1, longest})]
     generator = torch.Generator().manual_seed(1)
-    prompts = [
-        torch.randint(target.vocab_size, (context,), generator=generator).to(target.device) for _ in range(count)
-    ]
+    shape = (count, context + len(lengths))
+    texts = torch.randint(target.vocab_size, shape, generator=generator).to(target.device)
     width = target.model.config.get_text_config(decoder=True).hidden_size * len(group.taps)
-    dtype = target.model.get_input_embeddings().weight.dtype
-    features = torch.randn(context, width, generator=generator).to(target.device, dtype)
-    for slot, prompt in enumerate(prompts):
-        group.join(prompt)
+    features = torch.randn(context, width, generator=generator).to(target.device, target.model.dtype)
+    for slot in range(count):
+        group.join(texts[slot, :context])
         if group.taps:
             group.read(slot, features[: context - 1])
     source, settings = TorchSource.seeded(0, device=target.device), SamplingSettings()
     seconds: dict[int, list[float]] = {1: [], longest: []}
-    for repeat in range(1 + _REPEATS):
-        for tokens in sorted({1, longest}):
-            asks = [Ask(prompt, tokens, FixedLookahead(tokens), settings, source) for prompt in prompts]
-            start = time.perf_counter()
-            group.propose(asks)
-            _wait(target.device)
-            if repeat:
-                seconds[tokens].append(time.perf_counter() - start)
-            group.rollback([0] * count)
+    # Between two blocks every context grows by a token, as in decoding.
+    for end, tokens in enumerate(lengths, start=context):
+        asks = [Ask(text[:end], tokens, FixedLookahead(tokens), settings, source) for text in texts]
+        start = time.perf_counter()
+        group.propose(asks)
+        _wait(target.device)
+        seconds[tokens].append(time.perf_counter() - start)
+        group.rollback([0] * count)
+        for slot in range(count if group.taps else 0):
+            group.read(slot, features[:1])
+    # The first of each warms up.
+    seconds = {tokens: taken[1:] for tokens, taken in seconds.items()}
     one, all_of_them = (statistics.quantiles(seconds[tokens], n=4)[0] for tokens in (1, longest))
     token = max(0.0, (all_of_them - one) / (longest - 1)) if longest > 1 else one
     return max(0.0, one - token), token

@@ -19,7 +19,6 @@ from enum import Enum
 
 import torch
 
-from inference.batch.cache import SlotCache
 from inference.batch.costs import LoadCosts
 from inference.batch.drafting import draft_group
 from inference.batch.ragged import check_ragged, ragged_logits
@@ -168,11 +167,8 @@ class BatchEngine:
         check_ragged(target)
         self.target, self.lookahead = target, lookahead
         self.max_requests, self.max_waiting, self._clock = max_requests, max_waiting, clock
-        text = target.model.config.get_text_config(decoder=True)
         self._block = lookahead.longest + sum(lookahead.siblings)
-        self._cache = SlotCache(
-            text.num_hidden_layers, max_slots=max_requests, max_tokens=target.context_limit + self._block
-        )
+        self._cache = target.new_slots(max_slots=max_requests, max_tokens=target.context_limit + self._block)
         self.max_cache_tokens = max_cache_tokens or max_requests * (target.context_limit + self._block)
         self._waiting: deque[Handle] = deque()
         self._running: list[_Running] = []  # by slot

@@ -85,7 +85,7 @@ def ragged_logits(
     if rows is not None and not rows.shape[0]:
         wanted = 1
     with cache.placed(widths, active=active, device=tokens.device) as placement:
-        plan = _Plan.of(placement, slots)
+        plan = Plan.of(placement, slots)
         with overridden(plan):
             output = model.model(
                 input_ids=tokens[None],
@@ -106,7 +106,7 @@ def ragged_logits(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """How one pass attends: indices built once, used by every layer.
 
     Attributes:
@@ -115,6 +115,7 @@ class _Plan:
         padded: int64 `[M, W]`, the token in each padded place; a block's last one is repeated.
         flat: int64 `[N]`, the padded place of each token, counted through M and W.
         siblings: int64 `[3, S]`: block, place in the block and column in the cache of each sibling.
+        slots: the siblings of each block, as `ragged_logits` was given them.
     """
 
     placement: Placement
@@ -122,9 +123,10 @@ class _Plan:
     padded: Tensor
     flat: Tensor
     siblings: Tensor
+    slots: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, placement: Placement, slots: Sequence[Sequence[int]]) -> "_Plan":
+    def of(cls, placement: Placement, slots: Sequence[Sequence[int]]) -> "Plan":
         """The plan of a pass with these siblings per block.
 
         Raises:
@@ -148,6 +150,7 @@ class _Plan:
             padded=padded,
             flat=placement.block * widest + offsets,
             siblings=torch.cat([siblings, (lengths[block] + place)[None]]),
+            slots=tuple(tuple(beside) for beside in slots),
         )
 
     def attend(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inference.feature_drafts._layers import DraftCache, DraftContext, DraftShape
 from inference.features import EMBEDDING, check_taps, default_taps
-from inference.model import CausalModel, OutputHead
+from inference.model import CausalModel
 
 INITS = ("target", "random")
 # Projecting a context token, in layers: m * D numbers to D, and the keys and values of each layer.
@@ -165,8 +165,8 @@ class Borrowed:
     """The target's embedding and output head: used, never trained, never saved."""
 
     def __init__(self, target: CausalModel) -> None:
-        self._embedding = target.model.get_input_embeddings()
-        self.head = OutputHead(target.model)
+        self._embedding = target.embedding
+        self.head = target.head
         self.scale = embedding_scale(target)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def embedding_scale(target: CausalModel) -> float:
     with torch.inference_mode(), target.tapped([EMBEDDING]) as features:
         target.logits(token, target.new_cache(), num_rows=1)
         entering = features.take()[0, 0].double()
-        embedded = target.model.get_input_embeddings()(token)[0].double()
+        embedded = target.embedding(token)[0].double()
     factor = float((entering @ embedded) / (embedded @ embedded))
     left = float((entering - factor * embedded).norm() / entering.norm())
     return factor if left < 1e-2 and abs(factor - 1.0) > 1e-3 else 1.0
@@ -223,7 +223,7 @@ class FeatureNetwork(nn.Module):
         self._borrowed = (Borrowed(target),)
         if copy_head and self.vocabulary is not None:
             with torch.no_grad():
-                weight = target.model.get_output_embeddings().weight
+                weight = target.head.linear.get_parameter("weight")
                 self.lm_head.weight.copy_(weight[self.vocabulary.to(weight.device)])
 
     @property

@@ -108,7 +108,7 @@ class BlockNetwork(FeatureNetwork):
 
         Only for targets whose layers have these very parts (llama, qwen3 and their like); else nothing is changed.
         """
-        sources = list(decoder_layers(target.model))[-len(self.layers) :]
+        sources = [target.whole(layer) for layer in list(decoder_layers(target.model))[-len(self.layers) :]]
         norm = dict(target.model.base_model.named_modules()).get("norm")
         if (
             len(sources) < len(self.layers)

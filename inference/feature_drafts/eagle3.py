@@ -144,7 +144,7 @@ class Eagle3(FeatureNetwork):
 
     def init_from(self, target: CausalModel) -> bool:
         """Copy the target's last layer into the hidden half; the embedding half is zero, `fc` is the last tap."""
-        layer = decoder_layers(target.model)[-1]
+        layer = target.whole(decoder_layers(target.model)[-1])
         norm = dict(target.model.base_model.named_modules()).get("norm")
         size = self.shape.hidden
         if not same_parts(layer, size) or norm is None or not plain_norm(norm, size):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from inference.model import CausalModel
 
@@ -48,9 +48,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "phi")
 
 
+def family_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model of a family."""
+    return AutoConfig.for_model(name, **{**_SHAPE, **_FAMILIES[name], **changes})
+
+
 def family_model(name: str, *, seed: int = 0, **changes: Any) -> CausalModel:
     """A random model of a family, `changes` to its configuration applied."""
-    config = AutoConfig.for_model(name, **{**_SHAPE, **_FAMILIES[name], **changes})
+    config = family_config(name, **changes)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).double()

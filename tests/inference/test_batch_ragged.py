@@ -258,7 +258,7 @@ def _masked(
         cache.join()
     cache._ledger.lengths[:] = lengths
     with cache.placed(widths, active=None, device=torch.device("cpu")) as placement:
-        return ragged_module._Plan.of(placement, slots).mask(function, **options)
+        return ragged_module.Plan.of(placement, slots).mask(function, **options)
 
 
 def test_chunks_are_those_of_each_requests_own_positions() -> None:
@@ -331,7 +331,7 @@ def test_attention_that_is_more_than_masked_products_is_refused(option: str) -> 
     cache.join()
     states, mask = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 2, dtype=torch.bool)
     with cache.placed([2], active=None, device=torch.device("cpu")) as placement:
-        plan = ragged_module._Plan.of(placement, ())
+        plan = ragged_module.Plan.of(placement, ())
         with pytest.raises(InputError, match=f"attention has {option}"):
             plan.attend(torch.nn.Identity(), states, states, states, mask, **{option: 1.0})
         for foreign in (None, mask[..., :1]):
@@ -363,7 +363,7 @@ def _nothing(*args: Any, **options: Any) -> None:
     return None
 
 
-_PLAN = ragged_module._Plan
+_PLAN = ragged_module.Plan
 MUTANTS = {
     "positions one too far": (_PLAN, "of", _late_positions(_PLAN.of)),
     "mask shifted by one": (_PLAN, "mask", _shifted(_PLAN.mask)),
