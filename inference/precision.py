@@ -3,6 +3,8 @@
 `fp32` and `bf16` are torch's own. `fp32_packed` and `bf16_packed` keep the weights in oneDNN's blocked layout: the same
 arithmetic, without the reordering that a plain product of a few rows pays every time. `fp16_packed` keeps weights in
 half precision in FBGEMM's layout and computes in fp32: half the memory traffic on CPUs without bf16 instructions.
+`packed_by_rows` holds both halves: few rows go through the fp16 product, which is the faster one there, many
+rows through the bf16 one, and everything between products is fp32. Twice the weights in memory, and the best of both.
 
 Packed layers that read the same tensor one after another (queries, keys, values; gate and up) are one product: a
 product of few rows is paid for by the call and by how evenly its columns go over the cores.
@@ -15,9 +17,11 @@ from torch import nn
 
 from inference.processes import num_processes
 
-PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "fp16")
+PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "packed_by_rows", "fp16")
 _STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
+# oneDNN's bf16 kernels take about as long for one row as for eight, FBGEMM's grow row by row; they cross at nine or so.
+_FEW_ROWS = 8
 _READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -37,6 +41,8 @@ def available_precisions(device: torch.device) -> list[str]:
     # oneDNN refuses to lay out bf16 weights where it would have to emulate their products.
     if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         names.append("bf16_packed")
+        if "fp16_packed" in names:
+            names.append("packed_by_rows")
     return names
 
 
@@ -80,6 +86,28 @@ class BlockedLinear(nn.Module):
         return product
 
 
+class RowsLinear(nn.Module):
+    """`x W^T + b`, x `[..., in]` in fp32: up to eight rows by half-precision weights in fp32, more by bf16 products."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.few = PackedHalfLinear(linear)
+        halved = nn.Linear(1, 1, bias=False)
+        halved.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        if linear.bias is not None:
+            halved.bias = nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
+        self.many = BlockedLinear(halved)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `[..., out]` in fp32."""
+        product: torch.Tensor
+        if x.numel() <= _FEW_ROWS * x.shape[-1]:
+            product = self.few(x)
+        else:
+            product = self.many(x.bfloat16()).float()
+        return product
+
+
 class SharedProduct:
     """The product of several linear layers with one input, computed when the first asks, kept until the last has.
 
@@ -118,8 +146,10 @@ class PartLinear(nn.Module):
         return self.shared.of(x, self.part).narrow(-1, self.start, self.width)
 
 
-_PACKERS: dict[str, type[PackedHalfLinear] | type[BlockedLinear]] = {
+_Packer = type[PackedHalfLinear] | type[BlockedLinear] | type[RowsLinear]
+_PACKERS: dict[str, _Packer] = {
     "fp16_packed": PackedHalfLinear,
+    "packed_by_rows": RowsLinear,
     "fp32_packed": BlockedLinear,
     "bf16_packed": BlockedLinear,
 }
@@ -149,9 +179,7 @@ def apply_precision(model: nn.Module, precision: str) -> None:
                     setattr(parent, name, packed)
 
 
-def _pack_together(
-    parent: nn.Module, names: Sequence[str], packer: type[PackedHalfLinear] | type[BlockedLinear]
-) -> None:
+def _pack_together(parent: nn.Module, names: Sequence[str], packer: _Packer) -> None:
     """Replace these children by parts of one product, where all are there and alike."""
     there = dict(parent.named_children())
     children = [there[name] for name in names if name in there]
@@ -172,7 +200,7 @@ def _pack_together(
 def model_nbytes(model: nn.Module) -> int:
     """Bytes of weights: parameters and buffers counted once, packed weights included."""
     shared = {id(m.shared): m.shared.product for m in model.modules() if isinstance(m, PartLinear)}
-    modules = [*model.modules(), *shared.values()]
+    modules = [*model.modules(), *(part for product in shared.values() for part in product.modules())]
     tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     packed = {id(m): m.num_bytes for m in modules if isinstance(m, PackedHalfLinear | BlockedLinear)}

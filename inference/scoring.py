@@ -27,7 +27,15 @@ from inference.statistics import BASELINE
 # Later positions are seldom reached by a rejection, so that a sibling there is hardly ever worth its place.
 _SIBLING_POSITIONS = 3
 # A greedy mismatch counts as rounding when both tokens are this close to the best logit, in the units of the logits.
-NEAR_TIE = {"bf16": 0.5, "bf16_packed": 0.5, "fp16": 0.1, "fp16_packed": 0.05, "fp32": 0.01, "fp32_packed": 0.01}
+NEAR_TIE = {
+    "bf16": 0.5,
+    "bf16_packed": 0.5,
+    "packed_by_rows": 0.5,
+    "fp16": 0.1,
+    "fp16_packed": 0.05,
+    "fp32": 0.01,
+    "fp32_packed": 0.01,
+}
 
 
 @dataclass(frozen=True)

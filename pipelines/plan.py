@@ -24,6 +24,8 @@ PLAN_FILE = "plan.json"
 
 # Time beside the products that the profile measures: attention, padding, sampling, Python. From runs on two CPUs.
 _GENERATION_OVERHEAD = 2.2
+# Of a training step under autocast over one in fp32, beside the products: casts. From runs on two CPUs.
+_AUTOCAST_OVERHEAD = 1.4
 _MEAN_PROMPT_TOKENS = 110
 _MEAN_RESPONSE_SHARE = 0.75
 
@@ -145,7 +147,8 @@ def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, nu
     conversations = draft.sequences_per_step * cfg.trainer.accumulation
     step_seconds = (cost["layer"] * token_layers + cost["head"] * head_positions) * conversations
     seconds = cfg.budget.training_minutes * 60 / num_trained
-    return max(10, int(seconds / (step_seconds * draft.training_overhead)))
+    overhead = draft.training_overhead * (_AUTOCAST_OVERHEAD if precision == "bf16" else 1.0)
+    return max(10, int(seconds / (step_seconds * overhead)))
 
 
 def resolved_trainer(cfg: RunConfig, plan: Plan, name: str) -> Any:

@@ -39,6 +39,34 @@ def test_a_padded_batch_is_masked_as_by_sdpa() -> None:
     torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("masked", ["causal", "additive", "none"])
+@pytest.mark.parametrize("count", [1, 3, 16, 17])
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_way_to_attend_gives_the_same_numbers(dtype: torch.dtype, batch: int, count: int, masked: str) -> None:
+    source = torch.Generator().manual_seed(0)
+    # As a cache hands them out: views of longer buffers.
+    key, value = (torch.randn(batch, 2, 64, 8, generator=source).to(dtype)[:, :, :29] for _ in range(2))
+    query = torch.randn(batch, count, 6, 8, generator=source).to(dtype).transpose(1, 2)
+    seen = torch.ones(batch, 1, count, 29, dtype=torch.bool).tril(29 - count)
+    seen[-1, :, :, :3] = False
+    mask = None if masked == "none" else seen
+    if masked == "additive":
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    if masked == "none" and count > 1:
+        pytest.skip("without a mask several queries attend causally, which transformers' own function sees to")
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups = 3
+    got, _ = grouped_attention(layer, query, key, value, mask, scaling=0.3)
+    scores = query.double() @ key.double().repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    if masked != "none":
+        scores = scores.masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) @ value.double().repeat_interleave(3, 1)).transpose(1, 2)
+    close = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    assert got.shape == (batch, count, 6, 8) and got.is_contiguous()
+    torch.testing.assert_close(got.double(), expected, rtol=close, atol=close)
+
+
 def test_options_that_change_the_products_are_left_to_transformers() -> None:
     query, key = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 5, 8)
     mask = torch.ones(1, 1, 2, 5, dtype=torch.bool)

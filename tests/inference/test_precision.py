@@ -11,6 +11,7 @@ from inference.precision import (
     PRECISIONS,
     BlockedLinear,
     PackedHalfLinear,
+    RowsLinear,
     apply_precision,
     available_precisions,
     model_nbytes,
@@ -20,9 +21,12 @@ from tests.inference.families import family_model
 from tests.pipelines.tiny import write_model
 
 CPU = torch.device("cpu")
-PACKED = [p for p in ("fp32_packed", "fp16_packed", "bf16_packed") if p in available_precisions(CPU)]
+PACKED = [p for p in ("fp32_packed", "fp16_packed", "bf16_packed", "packed_by_rows") if p in available_precisions(CPU)]
 # fp16 keeps 11 bits of a weight; bf16 products are compared with those of plain bf16 weights, of 8 bits.
-CLOSE = {"fp32_packed": 1e-5, "fp16_packed": 2e-3, "bf16_packed": 2e-2}
+CLOSE = {"fp32_packed": 1e-5, "fp16_packed": 2e-3, "bf16_packed": 2e-2, "packed_by_rows": 2e-2}
+
+# Of a weight; those by rows are held in both arithmetics.
+BYTES = {"fp32_packed": 4, "fp16_packed": 2, "bf16_packed": 2, "packed_by_rows": 4}
 
 
 def _linear(*, bias: bool) -> torch.nn.Linear:
@@ -36,11 +40,24 @@ def _linear(*, bias: bool) -> torch.nn.Linear:
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (2, 33, 48)])
 def test_a_packed_product_equals_the_plain_one(precision: str, bias: bool, shape: tuple[int, ...]) -> None:
     linear = _linear(bias=bias).to(storage_dtype(precision))
-    packer = PackedHalfLinear if precision == "fp16_packed" else BlockedLinear
+    packer = {"fp16_packed": PackedHalfLinear, "packed_by_rows": RowsLinear}.get(precision, BlockedLinear)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(storage_dtype(precision))
     with torch.inference_mode():
         expected, got = linear(x), packer(linear)(x)
     torch.testing.assert_close(got, expected, rtol=0.0, atol=CLOSE[precision])
+
+
+@pytest.mark.skipif("packed_by_rows" not in PACKED, reason="the processor has no bf16 products")
+def test_few_rows_go_through_one_product_and_many_through_the_other() -> None:
+    linear = _linear(bias=True)
+    by_rows, half = RowsLinear(linear), PackedHalfLinear(linear)
+    halved = torch.nn.Linear(48, 40).bfloat16()
+    halved.load_state_dict(linear.state_dict())
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(by_rows(x[:8]), half(x[:8]))
+        assert torch.equal(by_rows(x), BlockedLinear(halved)(x.bfloat16()).float())
+        assert by_rows(x[None]).shape == (1, 9, 40)
 
 
 def _tiny(*, tied: bool, precision: str = "fp32") -> PreTrainedModel:
@@ -68,7 +85,7 @@ def test_linear_layers_that_share_a_weight_are_packed_once(precision: str) -> No
     model = torch.nn.Sequential(first, second, third)
     apply_precision(model, precision)
     assert model[0] is model[1] and model[0] is not model[2]
-    size = 4 if precision == "fp32_packed" else 2
+    size = BYTES[precision]
     assert model_nbytes(model) == 2 * 48 * 40 * size
 
 
@@ -92,8 +109,9 @@ def test_layers_that_read_one_tensor_are_one_product(precision: str, monkeypatch
     monkeypatch.setattr(type(product), "forward", lambda self, x: calls.append(x.shape[0]) or forward(self, x))
     source = torch.Generator().manual_seed(1)
     one, other = (torch.randn(n, 48, generator=source).to(storage_dtype(precision)) for n in (3, 5))
-    size = 4 if precision == "fp32_packed" else 2
-    biases = 0 if precision == "fp16_packed" else 72 * size  # those lie in the packed weights, uncounted
+    size = BYTES[precision]
+    # FBGEMM's biases lie in the packed weights, uncounted.
+    biases = {"fp16_packed": 0, "packed_by_rows": 72 * 2}.get(precision, 72 * size)
     assert model_nbytes(packed) == 72 * 48 * size + biases
 
     def check(name: str, x: torch.Tensor) -> None:
@@ -134,7 +152,7 @@ def test_a_folder_loads_in_every_arithmetic_on_offer(tmp_path: Path, precision: 
     tokens = torch.arange(40, 52)
     expected, got = (m.logits(tokens, m.new_cache(), num_rows=12).float() for m in (plain, model))
     # bf16 keeps 8 bits: agreement is judged against the spread of the logits.
-    coarse = storage_dtype(precision) == torch.bfloat16
+    coarse = storage_dtype(precision) == torch.bfloat16 or precision == "packed_by_rows"
     assert float((got - expected).abs().max() / expected.std()) < (0.2 if coarse else 0.02)
     # The head maps the very states it is given, whatever they were packed into.
     states = model.states(tokens[None])[0]
