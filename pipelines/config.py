@@ -90,7 +90,7 @@ class BudgetConfig:
         score_prompts: held-out prompts of each domain to score on (None = as many as score_minutes allow).
     """
 
-    corpus_minutes: float = 4.0
+    corpus_minutes: float = 6.0
     training_minutes: float = 6.5
     score_minutes: float = 7.0
     responses: int | None = None

@@ -542,7 +542,7 @@ def _write_results(work: Work, bench: _Bench, figures: list[LoadFigure]) -> None
     write_text(work.folder / LOAD_FILE, json.dumps(data, indent=1) + "\n")
     for line in claim_lines(figures, found):
         logger.info("%s", line)
-    write_text(work.folder / LOAD_TABLE_FILE, load_markdown(figures, found, hoped, draft=bench.name))
+    write_text(work.folder / LOAD_TABLE_FILE, load_markdown(figures, found, hoped, bench.costs, draft=bench.name))
     load_plot(figures, work.folder / LOAD_PLOT_FILE)
     mine = [f for f in figures if f.arm == SCHEDULED and f.point.kind == CLOSED]
     work.metrics["over_none"] = sum(f.over_none.value for f in mine) / len(mine)

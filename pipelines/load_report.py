@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inference.batch.costs import LoadCosts
 from inference.batch.load import BATCH, CLOSED, POISSON, Point
 from inference.batch.load_figures import GENERATE, SCHEDULED, Claims, LoadFigure
 from inference.statistics import BASELINE, Estimate
@@ -24,7 +25,12 @@ def point_name(point: Point) -> str:
 
 
 def load_markdown(
-    figures: Sequence[LoadFigure], found: Claims, hoped: Mapping[int, tuple[int, float]], *, draft: str
+    figures: Sequence[LoadFigure],
+    found: Claims,
+    hoped: Mapping[int, tuple[int, float]],
+    costs: Mapping[str, LoadCosts],
+    *,
+    draft: str,
 ) -> str:
     """The whole page: what the policy is worth, closed loops, arrivals, and the engine beside `generate`.
 
@@ -32,6 +38,7 @@ def load_markdown(
         figures: of every arm at every load.
         found: what they say.
         hoped: by concurrency, the fixed length that the measured parts make best, and its ratio to target-only.
+        costs: what the scheduler went by, by arithmetic.
         draft: its name.
     """
     closed, arrivals, batches = (_of(figures, kind) for kind in (CLOSED, POISSON, BATCH))
@@ -64,10 +71,19 @@ def load_markdown(
         ]
     text += [
         "\n## Outside tensor work\n\nMilliseconds of a round, and what of it went neither into the target's passes nor "
-        "into drafting; the latter also for each request. A dash where drafting is not told apart.\n\n",
+        "into drafting; the latter also for each request.\n\n",
         _outside([*closed, *batches]),
+        "\n## What a round costs\n\nMeasured once before, in milliseconds: a pass by tokens a request (lower quartile, "
+        "and how far above it the median lies), fitted so that more tokens never cost less; drafting for all "
+        "requests.\n",
     ]
+    text += [f"\n{name}\n\n{markdown_table(*_header_and_rows(cost))}" for name, cost in costs.items()]
     return "".join(text)
+
+
+def _header_and_rows(costs: LoadCosts) -> tuple[list[str], list[list[str]]]:
+    header, *rows = costs.table()
+    return header, rows
 
 
 def _of(figures: Sequence[LoadFigure], kind: str) -> list[LoadFigure]:

@@ -56,10 +56,12 @@ class LoadCosts:
         return _between(self.drafts, requests, lambda pair, measured: pair[0] + tokens * pair[1])
 
     def table(self) -> list[list[str]]:
-        """Rows for people: requests; milliseconds of passes by tokens a request, of drafting one token, a further."""
-        rows = []
+        """For people: a header, then by number of requests milliseconds of passes by tokens a request (lower quartile
+        and its distance from the median), of drafting one token, and of each further one."""
+        count, first = next(iter(self.passes.items()))
+        rows = [["requests", *(str(tokens // count) for tokens in first), "drafting 1", "one more"]]
         for requests, row in self.passes.items():
-            cells = [f"{1e3 * s:.1f} +- {1e3 * self.spread[requests][b]:.1f}" for b, s in row.items()]
+            cells = [f"{1e3 * s:.1f} +{1e3 * self.spread[requests][b]:.1f}" for b, s in row.items()]
             block, token = self.drafts[requests]
             rows.append([str(requests), *cells, f"{1e3 * (block + token):.1f}", f"{1e3 * token:.1f}"])
         return rows

@@ -8,7 +8,8 @@ import torch
 
 from inference.attention import use_grouped_attention
 from inference.batch import BatchEngine, Handle, Outcome
-from inference.batch.costs import LoadCosts
+from inference.batch.costs import LoadCosts, measure_load_costs
+from inference.batch.drafting import DraftGroup, draft_group
 from inference.batch.sharing import Noting, PassSharing
 from inference.costs import RoundCosts
 from inference.decoder import Request, decode
@@ -16,7 +17,9 @@ from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
 from inference.drafters.mixed import mixed_drafter
+from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
+from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, make_network
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
@@ -66,6 +69,31 @@ def test_costs_between_what_was_measured_are_linear() -> None:
 
 def test_costs_come_back_from_their_file_form() -> None:
     assert LoadCosts.from_json(CHEAP.to_json(), where="here") == CHEAP
+
+
+@pytest.mark.parametrize("kind", ["none", "model", "eagle3", "mixed"])
+def test_costs_are_measured_for_every_kind_of_draft(
+    target: CausalModel, makers: dict[str, Callable[[], Drafter]], kind: str
+) -> None:
+    def group(count: int) -> DraftGroup:
+        return draft_group(makers[kind], max_requests=count, max_tokens=target.context_limit)
+
+    costs = measure_load_costs(target, group, requests=[1, 3], longest=2)
+    assert {requests: list(row) for requests, row in costs.passes.items()} == {1: [1, 2, 3, 5], 3: [3, 6, 9, 15]}
+    for row in costs.passes.values():
+        assert list(row.values()) == sorted(row.values()) and min(row.values()) > 0.0
+    assert all(block >= 0.0 and token >= 0.0 for block, token in costs.drafts.values())
+    header, *rows = costs.table()
+    assert header == ["requests", "1", "2", "3", "5", "drafting 1", "one more"] and [row[0] for row in rows] == [
+        "1",
+        "3",
+    ]
+
+
+@pytest.mark.parametrize("data", [{}, {"passes": {"1": {"1": "x"}}, "drafts": {}, "spread": {}}, {"passes": 3}])
+def test_damaged_costs_are_refused(data: object) -> None:
+    with pytest.raises(InputError, match=r"the costs under load are off: .*: measure them again"):
+        LoadCosts.from_json(data, where="load_costs.json")
 
 
 # Decisions
@@ -135,11 +163,13 @@ def _feature(config: FeatureDraftConfig, target: CausalModel) -> Callable[[], Dr
 
 @pytest.fixture(scope="module")
 def makers(target: CausalModel) -> dict[str, Callable[[], Drafter]]:
+    small = tiny_model(7, layers=1)
     eagle3 = _feature(Eagle3(block=2, taps=[0, 1], vocabulary=0), target)
     return {
         "none": NoDrafter,
         "eagle3": eagle3,
         "dspark": _feature(DSpark(block=2, taps=[0, 1], vocabulary=0, markov_rank=4), target),
+        "model": lambda: ModelDrafter(small),
         "mixed": lambda: mixed_drafter(LookupDrafter(LookupSettings(longest=2, shortest=1)), eagle3()),
     }
 

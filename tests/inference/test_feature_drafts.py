@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.batch.contexts import DraftSlots
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, embedding_scale, make_network
 from inference.feature_drafts._checkpoint import load_network, save_network
@@ -136,6 +137,52 @@ def assert_faces_are_equal(target: CausalModel, config: FeatureDraftConfig, voca
         assert expected.shape[-1] == (VOCAB if vocabulary is None else len(vocabulary))
         for (_, logits), wanted in zip(steps, expected, strict=True):
             torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_requests_that_draft_together_get_what_each_gets_alone(llama: CausalModel, name: str) -> None:
+    """Contexts of different lengths, read in pieces, with one that ends and one that sits a block out."""
+    network = network_for(CONFIGS[name], llama)
+    texts = [sequence(20, seed=seed) for seed in range(3)]
+    features = [features_of(llama, text, network.taps) for text in texts]
+    slots = DraftSlots(network.cached_layers, max_slots=3, max_tokens=40)
+    held: list[list[int]] = [[slots.join(), 0] for _ in texts]  # by slot: which text, positions read
+    pieces: dict[int, list[int]] = {0: [], 1: [], 2: []}
+
+    def read(counts: dict[int, int]) -> None:
+        spans = [(held[slot][0], held[slot][1], count) for slot, count in counts.items()]
+        with torch.inference_mode(), slots.reading(list(counts), list(counts.values()), torch.device("cpu")):
+            network.read(
+                torch.cat([features[text][start : start + count] for text, start, count in spans]),
+                torch.cat([texts[text][start + 1 : start + count + 1] for text, start, count in spans]),
+                slots,
+            )
+        for slot, count in counts.items():
+            held[slot][1] += count
+            pieces[held[slot][0]].append(count)
+
+    def check(active: list[int]) -> None:
+        mine = [held[slot] for slot in active]
+        with torch.inference_mode(), slots.drafting(active):
+            block = network.begin_block(torch.stack([texts[text][anchor] for text, anchor in mine]), slots)
+            for slot in range(BLOCK):
+                previous = torch.stack([texts[text][anchor + slot] for text, anchor in mine])
+                step = network.step(block, slot, previous, confidence=True)
+                for row, (text, _) in enumerate(mine):
+                    _, alone = stepwise(network, features[text], texts[text], pieces[text])[-1]
+                    torch.testing.assert_close(step.logits[row], alone[slot], rtol=0, atol=1e-9)
+
+    read({0: 5, 1: 9, 2: 2})
+    check([0, 1, 2])
+    check([0, 2])
+    read({1: 1, 2: 3})
+    check([0, 1, 2])
+    slots.leave(0)
+    held[0] = held.pop()
+    check([0, 1])
+    read({0: 2, 1: 2})
+    check([0, 1])
+    check([1])
 
 
 @pytest.mark.parametrize("name", ["dspark", "dspark-gated", "dspark-rnn"])
