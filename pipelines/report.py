@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from inference.draft_parts import PARTS as DRAFT_PARTS
 from inference.scoring import BlockChoice
 from inference.statistics import OVERALL, Estimate, Scorecard
 
@@ -40,8 +41,16 @@ def interval(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
 
 
-def scorecard_markdown(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]) -> str:
-    """The whole scorecard as Markdown: summary, acceptance by position, seconds by part."""
+def scorecard_markdown(
+    cards: list[Scorecard], blocks: Mapping[str, BlockChoice], draft_parts: Mapping[str, Mapping[str, float]]
+) -> str:
+    """The whole scorecard as Markdown: summary, acceptance by position, seconds by part.
+
+    Args:
+        cards: of all arms.
+        blocks: by draft.
+        draft_parts: seconds of drafting a block by part, of drafts that tell; see `inference.draft_parts`.
+    """
     header, rows = scorecard_rows(cards)
     text = ["# Scorecard\n\n", "tau counts the bonus token; intervals are 95 % bootstraps over prompts.\n\n"]
     text.append(markdown_table(header, rows))
@@ -85,6 +94,20 @@ def scorecard_markdown(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]
             ],
         )
     )
+    if draft_parts:
+        text.append(
+            "\n## Milliseconds of drafting a block by part\n\nReading one verified token's features; what all slots "
+            "share; what runs once a slot; drawing the tokens.\n\n"
+        )
+        text.append(
+            markdown_table(
+                ["draft", "tokens", *DRAFT_PARTS],
+                [
+                    [name, str(blocks[name].tokens), *(f"{1e3 * parts[part]:.2f}" for part in DRAFT_PARTS)]
+                    for name, parts in draft_parts.items()
+                ],
+            )
+        )
     return "".join(text)
 
 

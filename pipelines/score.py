@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distill.chat import messages_for, render_prompt
+from inference.draft_parts import draft_parts
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
 from inference.lookahead.fixed import FixedLookahead
@@ -163,7 +164,7 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
     records = read_records(work.folder / RECORDS_FILE)
     cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
     check_scorecards(cards)
-    _write_results(work, cards, plan, context)
+    _write_results(work, cards, plan, context, arms)
 
 
 def _load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
@@ -322,19 +323,24 @@ def check_scorecards(cards: list[Scorecard]) -> None:
             )
 
 
-def _write_results(work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext) -> None:
+def _write_results(
+    work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext, arms: dict[str, Arm]
+) -> None:
     """Scorecard as data, table and picture; the summary goes into the manifest."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    timed = {name: draft_parts(arms[name].drafter, tokens=choice.tokens) for name, choice in plan.blocks.items()}
+    parts = {name: found for name, found in timed.items() if found is not None}
     data: dict[str, Any] = {
         "seed": context.cfg.seed,
         "price_per_hour": context.cfg.score.price_per_hour,
         "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
         "measured": {name: known.to_json() for name, known in plan.measured(context).items()},
+        "draft_parts": parts,
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")
-    write_text(work.folder / TABLE_FILE, scorecard_markdown(cards, plan.blocks))
+    write_text(work.folder / TABLE_FILE, scorecard_markdown(cards, plan.blocks, parts))
     scorecard_plot(cards, work.folder / PLOT_FILE)
     work.metrics["speedup"] = {c.arm: c.speedup.value for c in cards if c.domain == "overall" and c.temperature is None}
     work.metrics["tau"] = {c.arm: c.tau.value for c in cards if c.domain == "overall" and c.temperature is None}

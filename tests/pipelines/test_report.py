@@ -37,10 +37,12 @@ def test_the_summary_has_every_arm_domain_and_temperature(cards: list[Scorecard]
 
 
 def test_the_page_shows_acceptance_by_position_and_milliseconds_by_part(cards: list[Scorecard]) -> None:
-    page = scorecard_markdown(cards, BLOCKS)
+    page = scorecard_markdown(cards, BLOCKS, {"pruned": dict.fromkeys(("read", "block", "slots", "draw"), 0.0015)})
     assert "| pruned | all | 4 | 1.00 |" in page, "30 of 30 proposals stood at position 1, in blocks of 4"
     assert "| none | all | 0.0 | 0.0 | 10.0 |" in page, "prefill, draft, verify: the baseline's 10 ms"
-    assert page.count("\n## ") == 2
+    assert "| pruned | 4 | 1.50 | 1.50 | 1.50 | 1.50 |" in page
+    assert page.count("\n## ") == 3
+    assert scorecard_markdown(cards, BLOCKS, {}).count("\n## ") == 2
 
 
 def test_the_picture_is_written(cards: list[Scorecard], tmp_path: Path) -> None:
