@@ -207,6 +207,7 @@ def judge(
     *,
     settings: SamplingSettings,
     generator: Source,
+    choices: torch.Tensor | None = None,
 ) -> Verdict:
     """Process the target's rows as the draft's were processed, and verify.
 
@@ -216,12 +217,16 @@ def judge(
         context: int64 `[T]`, tokens up to the anchor.
         settings: sampling settings of the request.
         generator: source of random decisions.
+        choices: int64 `[l + 1 + w]`, the likeliest tokens of the raw rows, where they are known already; for greedy
+            requests that need no processing.
     """
-    chain = target_logits[: 1 + len(proposal)]
-    processed = process_logits(chain, context=context, block=proposal.tokens, settings=settings)
+    length = 1 + len(proposal)
     beside, slots = proposal.siblings, proposal.slots
+    if choices is not None:
+        return verify_greedy(proposal.tokens, choices[:length], siblings=beside, slots=slots)
+    processed = process_logits(target_logits[:length], context=context, block=proposal.tokens, settings=settings)
     if settings.greedy:
-        return verify_greedy(proposal.tokens, processed, siblings=beside, slots=slots)
+        return verify_greedy(proposal.tokens, processed.argmax(dim=-1), siblings=beside, slots=slots)
     probs = torch.softmax(processed, dim=-1)
     return verify_sampled(proposal.tokens, proposal.probs, probs, generator=generator, siblings=beside, slots=slots)
 

@@ -32,7 +32,7 @@ class Verdict:
 
 def verify_greedy(
     draft_tokens: torch.Tensor,
-    target_logits: torch.Tensor,
+    choices: torch.Tensor,
     *,
     siblings: torch.Tensor | None = None,
     slots: Sequence[int] = (),
@@ -41,18 +41,21 @@ def verify_greedy(
 
     Args:
         draft_tokens: int64 `[l]`.
-        target_logits: `[l + 1, V]`, processed; row k predicts the token after the first k proposed ones.
+        choices: int64 `[l + 1]`, the likeliest token of each row of the target; row k predicts the token after the
+            first k proposed ones.
         siblings: see `Proposal`.
         slots: likewise.
     """
-    choices = target_logits.argmax(dim=-1)
-    agreed = (draft_tokens == choices[:-1]).long().cumprod(0)
-    num_accepted = int(agreed.sum())
+    length = draft_tokens.shape[0]
+    # One transfer from the device for all that is compared.
+    numbers = torch.cat([draft_tokens, choices] if siblings is None else [draft_tokens, choices, siblings]).tolist()
+    said, chosen, beside = numbers[:length], numbers[length : 2 * length + 1], numbers[2 * length + 1 :]
+    num_accepted = next((k for k, token in enumerate(said) if token != chosen[k]), length)
     sibling = None
-    if siblings is not None and num_accepted in slots:
+    if beside:
         # Tokens of one row are all different: one of them at most is the choice.
-        right = (siblings == choices[num_accepted]).tolist()
-        sibling = next((i for i, own in enumerate(slots) if own == num_accepted and right[i]), None)
+        right = (i for i, own in enumerate(slots) if own == num_accepted and beside[i] == chosen[num_accepted])
+        sibling = next(right, None)
     return Verdict(num_accepted, choices[num_accepted], sibling)
 
 

@@ -66,7 +66,7 @@ class ScoreConfig:
     """
 
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    validation_prompts: int = 1
+    validation_prompts: int = 2
     calibration_prompts: int = 4
     screen_after: int = 1
     screen_below: float = 0.8

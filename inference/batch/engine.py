@@ -41,6 +41,7 @@ from inference.lookahead import Lookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
 from inference.model import CausalModel
 from inference.randomness import Source
+from inference.sampling import SamplingSettings
 from inference.verification import Verdict
 
 # More tokens in a pass of prompts save nothing, and its states want room.
@@ -109,11 +110,17 @@ class _Running:
         parts = [self.context.tokens[-1:], self.proposal.tokens]
         return parts if self.proposal.siblings is None else [*parts, self.proposal.siblings]
 
-    def accept(self, logits: torch.Tensor) -> tuple[Verdict, bool]:
-        """Verify the block by its rows `[w, V]`; returns the verdict and whether the request has ended."""
+    def accept(self, logits: torch.Tensor, choices: torch.Tensor | None) -> tuple[Verdict, bool]:
+        """Verify the block by its rows; returns the verdict and whether the request has ended.
+
+        Args:
+            logits: `[w, V]`.
+            choices: int64 `[w]`, their likeliest tokens, where they are known; used if that is all the request needs.
+        """
         handle, proposal, context = self.handle, self.proposal, self.context.tokens
         settings, generator = handle.request.settings, handle.generator
-        verdict = judge(proposal, logits, context, settings=settings, generator=generator)
+        known = choices if takes_likeliest(settings) else None
+        verdict = judge(proposal, logits, context, settings=settings, generator=generator, choices=known)
         emitted = [*proposal.tokens[: verdict.num_accepted].tolist(), int(verdict.next_token)]
         if verdict.sibling is not None:
             row = logits[1 + len(proposal) + verdict.sibling]
@@ -253,10 +260,7 @@ class BatchEngine:
                 logits = ragged_logits(self.target, fed, widths, self._cache, slots=slots)
                 taken = features.take()[0].split(widths) if self._drafts.taps else ()
         with part("accept"):
-            rows = logits.split(widths)
-            verdicts, finished = zip(
-                *(running.accept(own) for running, own in zip(self._running, rows, strict=True)), strict=True
-            )
+            verdicts, finished = self._accept(logits, widths)
         with part("cache"):
             self._settle(widths, verdicts, taken)
             for handle in [running.handle for running, ended in zip(self._running, finished, strict=True) if ended]:
@@ -274,6 +278,14 @@ class BatchEngine:
             proposals = [proposal.first(length) for proposal, length in zip(drafted, admitted, strict=True)]
         for running, proposal in zip(self._running, proposals, strict=True):
             running.proposal = proposal
+
+    def _accept(self, logits: torch.Tensor, widths: Sequence[int]) -> tuple[list[Verdict], list[bool]]:
+        """Verify all blocks by their rows; the likeliest tokens of all rows are found at once."""
+        likeliest = any(takes_likeliest(running.handle.request.settings) for running in self._running)
+        choices = logits.argmax(dim=-1).split(list(widths)) if likeliest else [None] * len(widths)
+        rows = logits.split(list(widths))
+        outcomes = [running.accept(*own) for running, *own in zip(self._running, rows, choices, strict=True)]
+        return [verdict for verdict, _ in outcomes], [ended for _, ended in outcomes]
 
     def _settle(self, widths: list[int], verdicts: Sequence[Verdict], taken: Sequence[torch.Tensor]) -> None:
         """Tell caches, drafts and policies what stands; features are of the blocks' tokens, `[w, m * D]` each."""
@@ -350,6 +362,11 @@ class BatchEngine:
     @staticmethod
     def _needed(rooms: list[int]) -> int:
         return len(rooms) * max(rooms, default=0)
+
+
+def takes_likeliest(settings: SamplingSettings) -> bool:
+    """Whether a request takes the likeliest token of every row as it is."""
+    return settings.greedy and settings.repetition_penalty == 1.0
 
 
 def _pieces(slots: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -29,7 +29,7 @@ TARGET = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3], [0.1, 0.1, 0.8]], dtype
 
 
 def _greedy(tokens: list[int], choices: list[int]) -> tuple[int, int]:
-    verdict = verify_greedy(torch.tensor(tokens, dtype=torch.long), torch.eye(4)[choices])
+    verdict = verify_greedy(torch.tensor(tokens, dtype=torch.long), torch.tensor(choices))
     return verdict.num_accepted, int(verdict.next_token)
 
 
