@@ -24,6 +24,9 @@ from inference.model import CausalModel
 from inference.precision import apply_precision, storage_dtype
 from inference.processes import is_loss
 
+# Rows of a 4-bit weight that bitsandbytes lays out together on a CPU.
+_REPACKED_ROWS = 32
+
 
 def load_causal_model(
     folder: Path,
@@ -58,8 +61,25 @@ def load_causal_model(
     if quantization is None:
         nn.Module.to(model, device)
         apply_precision(model, precision)
+    elif device.type == "cpu":
+        _leave_unpacked(model)
     use_grouped_attention(model)
     return CausalModel(model, folder=folder, precision=precision)
+
+
+def _leave_unpacked(model: nn.Module) -> None:
+    """Let 4-bit layers alone that bitsandbytes cannot repack.
+
+    On CPUs with bf16 instructions it repacks such a weight in its first pass, and fails where the width is no multiple
+    of the block that shares a scale, or the height none of its own 32 rows.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            if module.in_features % weight.quant_state.blocksize or module.out_features % _REPACKED_ROWS:
+                module.support_avx512bf16_for_cpu = False
 
 
 def load_pretrained(folder: Path, *, precision: str, attention: str, **options: Any) -> PreTrainedModel:

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 
 from inference.drafters import LoadContext
 from inference.drafters.model import ModelDrafter
@@ -12,7 +11,6 @@ from inference.errors import InputError
 from inference.loading import load_causal_model
 
 _FORMATS = ("nf4", "int8")
-_PACKED_ROWS = 32
 
 
 def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> Any:
@@ -39,21 +37,6 @@ def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> An
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
-def _leave_unpacked(model: nn.Module) -> None:
-    """Let layers alone that bitsandbytes cannot repack.
-
-    On CPUs with bf16 instructions it repacks a 4-bit weight in its first pass, and fails where the width is no multiple
-    of the block that shares a scale, or the height none of its own 32 rows.
-    """
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            weight: Any = module.weight
-            if module.in_features % weight.quant_state.blocksize or module.out_features % _PACKED_ROWS:
-                module.support_avx512bf16_for_cpu = False
-
-
 def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
     """See `load_drafter`; quantizes the target's folder while loading, so the draft folder holds no weights."""
     kept = spec.get("kept_layers")
@@ -70,6 +53,4 @@ def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
         quantization=config,
         kept_layers=kept_layers,
     )
-    if context.device.type == "cpu":
-        _leave_unpacked(model.model)
     return ModelDrafter(model, kind="quantized")
