@@ -9,26 +9,17 @@ import dataclasses
 import json
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inference.batch.copies import drafter_maker
-from inference.batch.costs import LoadCosts, measure_load_costs
-from inference.batch.drafting import draft_group
-from inference.batch.engine import BatchEngine
 from inference.batch.load import (
     BATCH,
     CLOSED,
     POISSON,
-    Asked,
     LoadRun,
     Point,
     Trace,
-    closed_loop,
-    poisson_arrivals,
-    timed_load,
 )
 from inference.batch.load_figures import (
     GENERATE,
@@ -39,46 +30,26 @@ from inference.batch.load_figures import (
     foretold,
     load_figures,
 )
-from inference.batch.plain import plain_generate
-from inference.costs import interpolated
-from inference.decoder import Request
-from inference.drafters import Drafter, LoadContext, load_drafter
-from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.lookahead import BlockConfig, Chances, Lookahead, Measured
-from inference.lookahead.fixed import FixedLookahead
-from inference.lookahead.scheduled import Config as ScheduledConfig
-from inference.model import CausalModel
-from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, explain_mismatch, request_seed
+from inference.scoring import explain_mismatch, request_seed
 from inference.statistics import BASELINE
-from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
-from pipelines.build import DRAFT_FOLDER
-from pipelines.calibrate import calibrate
 from pipelines.composition import nearest
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
-from pipelines.corpus import read_prompts
 from pipelines.errors import StageFailed
-from pipelines.files import read_json, write_json, write_text
+from pipelines.files import write_text
+from pipelines.load_bench import Bench, load_policy
 from pipelines.load_report import claim_lines, load_markdown, load_plot, point_name
 from pipelines.progress import tracked
-from pipelines.score import score_prompts
-from pipelines.score_plan import by_domain, round_robin
 
 logger = logging.getLogger(__name__)
 
 RUNS_FILE = "records.jsonl"
-LOAD_PLAN_FILE = "load_plan.json"
-LOAD_COSTS_FILE = "load_costs.json"
 LOAD_FILE = "load.json"
 LOAD_TABLE_FILE = "load.md"
 LOAD_PLOT_FILE = "load.png"
 _FEWEST_BLOCKS = 2
-_BLOCK_TOKENS = 32
-_WARM_UP_TOKENS = 4
-# A draft verifies a few tokens for every request: the width at which its target's arithmetic is chosen, per request.
-_DRAFT_WIDTH = 3
 
 
 @dataclass(kw_only=True)
@@ -176,7 +147,7 @@ def load_spec(context: RunContext, corpus: Artifact, name: str, draft: Artifact)
         config={
             "load": dataclasses.replace(cfg.load, draft=name),
             "decode": dataclasses.replace(cfg.decode, max_new_tokens=cfg.load.max_new_tokens),
-            "lookahead": _policy(cfg),
+            "lookahead": load_policy(cfg),
             "validation_prompts": cfg.score.validation_prompts,
             "calibration_prompts": cfg.score.calibration_prompts,
             "device": plan.device,
@@ -209,7 +180,7 @@ def read_runs(path: Path) -> list[LoadRun]:
 
 
 def _make(context: RunContext, corpus: Artifact, name: str, draft: Artifact, work: Work) -> None:
-    bench = _Bench(context, corpus, name, draft, work.folder)
+    bench = Bench(context, corpus, name, draft, work.folder)
     bench.warm_up()
     runs = _measure(bench, work.folder / RUNS_FILE)
     figures = load_figures(runs, seed=context.cfg.seed)
@@ -219,209 +190,7 @@ def _make(context: RunContext, corpus: Artifact, name: str, draft: Artifact, wor
     _write_results(work, bench, figures)
 
 
-def _policy(cfg: RunConfig) -> BlockConfig:
-    """The run's own scheduler, or one as it comes where the run goes by another policy."""
-    return cfg.lookahead if isinstance(cfg.lookahead, ScheduledConfig) else ScheduledConfig()
-
-
-class _Bench:
-    """Targets, drafters and prompts of a load, and what the scheduler starts from.
-
-    Attributes:
-        cfg: of the run.
-        name: of the draft.
-        costs: of rounds by number of requests, in every arithmetic that the scheduler has.
-    """
-
-    def __init__(self, context: RunContext, corpus: Artifact, name: str, draft: Artifact, folder: Path) -> None:
-        self.context, self.cfg, self.name, self._draft = context, context.cfg, name, draft
-        self._targets: dict[str, CausalModel] = {}
-        self._makers: dict[str, Callable[[], Drafter]] = {}
-        target = self.target(context.plan.block_precision)
-        self.stops = stop_tokens(target)
-        prompts = score_prompts(read_prompts(corpus.path), target, self.cfg.load.max_prompt_tokens)
-        self._heldout = round_robin(by_domain(prompts["heldout"], self.cfg.seed), len(prompts["heldout"]))
-        policy = _policy(self.cfg)
-        self.longest = policy.tokens or policy.longest_auto
-        self._choice, self._chances = self._planned(prompts["validation"], folder)
-        self.costs = self._measured_costs(folder)
-
-    def target(self, precision: str) -> CausalModel:
-        """The target in one arithmetic."""
-        if precision not in self._targets:
-            self._targets[precision] = self.cfg.target.load(self.cfg.paths.cache, precision=precision)
-        return self._targets[precision]
-
-    def precision(self, arm: str, point: Point) -> str:
-        """The arithmetic that the device profile gives an arm: the fastest for the tokens of its usual pass."""
-        if self.cfg.target.precision != "auto":
-            return str(self.cfg.target.precision)
-        passes = self.context.plan.profile.passes
-        width = point.concurrency * (1 if arm in (BASELINE, GENERATE) else _DRAFT_WIDTH)
-        return min(passes, key=lambda name: interpolated(passes[name], width))
-
-    def measured(self, precision: str) -> Measured:
-        """What the scheduler starts from."""
-        return self._choice.measured(self.context.plan.profile.passes[precision], self._chances)
-
-    def asked(self, point: Point, block: int) -> list[Asked]:
-        """The requests of a block: prompts in a seeded order, domains in turn; blocks follow each other in it."""
-        load = self.cfg.load
-        each = load.poisson_requests if point.kind == POISSON else max(load.requests, 2 * point.concurrency)
-        count = point.concurrency if point.kind == BATCH else each
-        chosen = [self._heldout[(block * each + i) % len(self._heldout)] for i in range(count)]
-        return [self._asked(prompt, block, greedy=point.kind == BATCH) for prompt in chosen]
-
-    def run(self, arm: str, point: Point, block: int, *, rate: float) -> tuple[Trace, list[list[int]]]:
-        """One arm on one block; `rate` is that of the arrivals."""
-        target = self.target(self.precision(arm, point))
-        asked = self.asked(point, block)
-        if arm == GENERATE:
-            return plain_generate(target, asked)
-        lookahead = self._lookahead(arm, target)
-        engine = BatchEngine(
-            target,
-            self._maker(arm, target),
-            lookahead,
-            max_requests=point.concurrency,
-            costs=self.costs.get(target.precision) if arm == SCHEDULED else None,
-        )
-        if point.kind == CLOSED:
-            return closed_loop(engine, asked, concurrency=point.concurrency)
-        if point.kind == BATCH:
-            return timed_load(engine, asked, [0.0] * len(asked))
-        seed = request_seed(self.cfg.seed, "arrivals", block)
-        return timed_load(engine, asked, poisson_arrivals(len(asked), rate=rate, seed=seed))
-
-    def warm_up(self) -> None:
-        """Let every arm decode a little in every arithmetic it will have, so that nothing is measured cold."""
-        load = self.cfg.load
-        seen = set()
-        for point in load.points():
-            for arm in load.arms(point):
-                precision = self.precision(arm, point)
-                if (arm, precision) in seen:
-                    continue
-                seen.add((arm, precision))
-                target = self.target(precision)
-                asked = [self._short(one) for one in self.asked(Point(BATCH, 2), 0)]
-                if arm == GENERATE:
-                    plain_generate(target, asked)
-                else:
-                    lookahead = self._lookahead(arm, target)
-                    engine = BatchEngine(target, self._maker(arm, target), lookahead, max_requests=2)
-                    closed_loop(engine, asked, concurrency=2)
-
-    def _asked(self, prompt: ScorePrompt, block: int, *, greedy: bool) -> Asked:
-        load, seed = self.cfg.load, self.cfg.seed
-        draw = random.Random(request_seed(seed, prompt.id, block, "temperature"))
-        temperature = 0.0 if greedy else draw.choice(load.temperatures)
-        return Asked(
-            prompt_id=prompt.id,
-            domain=prompt.domain,
-            prompt=prompt.tokens,
-            request=Request(
-                settings=self.cfg.decode.settings(temperature),
-                max_new_tokens=load.max_new_tokens,
-                stop_tokens=self.stops,
-            ),
-            seed=request_seed(seed, prompt.id, temperature, block),
-        )
-
-    @staticmethod
-    def _short(asked: Asked) -> Asked:
-        request = dataclasses.replace(asked.request, max_new_tokens=_WARM_UP_TOKENS)
-        return dataclasses.replace(asked, request=request)
-
-    def _lookahead(self, arm: str, target: CausalModel) -> Lookahead:
-        if arm == SCHEDULED:
-            return _policy(self.cfg).build(self.longest, (), self.measured(target.precision))
-        lengths = {fixed_arm(length): length for length in self.cfg.load.lengths}
-        return FixedLookahead(lengths.get(arm, 0))
-
-    def _maker(self, arm: str, target: CausalModel) -> Callable[[], Drafter]:
-        """Drafters of one arithmetic share their weights, whatever the arm."""
-        if arm == BASELINE:
-            return NoDrafter
-        if target.precision not in self._makers:
-            self._makers[target.precision] = drafter_maker(self._loaded(target))
-        return self._makers[target.precision]
-
-    def _measured_costs(self, folder: Path) -> dict[str, LoadCosts]:
-        """Costs by number of requests in every arithmetic that the scheduler will have, measured once."""
-        path = folder / LOAD_COSTS_FILE
-        if path.is_file():
-            return {name: LoadCosts.from_json(data, where=str(path)) for name, data in read_json(path).items()}
-        counts = sorted({point.concurrency for point in self.cfg.load.points()})
-        names = {self.precision(SCHEDULED, p) for p in self.cfg.load.points() if p.kind != BATCH}
-        costs = {}
-        for name in sorted(names):
-            target = self.target(name)
-            maker = self._maker(SCHEDULED, target)
-            logger.info("measuring passes and drafting for %s requests in %s", ", ".join(map(str, counts)), name)
-            costs[name] = measure_load_costs(
-                target,
-                lambda count, maker=maker, target=target: draft_group(  # type: ignore[misc]
-                    maker, max_requests=count, max_tokens=target.context_limit
-                ),
-                requests=counts,
-                longest=self.longest,
-            )
-        write_json(path, {name: found.to_json() for name, found in costs.items()})
-        return costs
-
-    @property
-    def conditional(self) -> list[float]:
-        """Acceptance by position on the validation prompts."""
-        return self._choice.conditional
-
-    def _loaded(self, target: CausalModel) -> Drafter:
-        return load_drafter(
-            LoadContext(
-                folder=self._draft.path / DRAFT_FOLDER,
-                target_folder=self.context.target_folder,
-                target=target,
-                precision=target.precision,
-                device=target.device,
-            )
-        )
-
-    def _planned(self, validation: list[ScorePrompt], folder: Path) -> tuple[BlockChoice, Chances]:
-        """Costs and chances of the draft, measured on validation prompts once and read back after a kill."""
-        path = folder / LOAD_PLAN_FILE
-        if path.is_file():
-            data = read_json(path)
-            return BlockChoice(**data["choice"]), Chances.from_json(data["chances"], where=str(path))
-        cfg, plan = self.cfg, self.context.plan
-        target = self.target(plan.block_precision)
-        arm = Arm(self.name, target, self._maker(self.name, target)(), FixedLookahead(0))
-        groups = by_domain(validation, cfg.seed)
-        settings = [cfg.decode.settings(t) for t in cfg.load.temperatures]
-        choice = choose_block(
-            arm,
-            round_robin(groups, cfg.score.validation_prompts),
-            longest=self.longest,
-            settings=settings,
-            max_new_tokens=min(_BLOCK_TOKENS, cfg.load.max_new_tokens),
-            stop_tokens=self.stops,
-            pass_seconds=lambda width: plan.profile.pass_seconds(plan.block_precision, width),
-            seed=cfg.seed,
-        )
-        chances = calibrate(
-            arm,
-            round_robin(groups, cfg.score.calibration_prompts),
-            tokens=self.longest,
-            settings=settings,
-            max_new_tokens=cfg.load.max_new_tokens,
-            stop_tokens=self.stops,
-            seed=cfg.seed,
-            folder=folder,
-        )
-        write_json(path, {"choice": asdict(choice), "chances": chances.to_json()})
-        return choice, chances
-
-
-def _measure(bench: _Bench, path: Path) -> list[LoadRun]:
+def _measure(bench: Bench, path: Path) -> list[LoadRun]:
     """Run what has no whole block yet, appending all arms of a block at once; returns all runs."""
     load = bench.cfg.load
     points = load.points()
@@ -472,7 +241,7 @@ def arrival_rate(runs: list[LoadRun], point: Point) -> float:
     return point.share * max(trace.window_tokens / trace.window for trace in mine) * requests / tokens
 
 
-def _block(bench: _Bench, point: Point, block: int, *, rate: float) -> list[LoadRun]:
+def _block(bench: Bench, point: Point, block: int, *, rate: float) -> list[LoadRun]:
     """All arms on one block, in shuffled order; greedy answers are compared with the baseline's afterwards."""
     arms = bench.cfg.load.arms(point)
     order = list(range(len(arms)))
@@ -497,7 +266,7 @@ def _block(bench: _Bench, point: Point, block: int, *, rate: float) -> list[Load
 
 
 def _compared(
-    bench: _Bench, arm: str, point: Point, block: int, trace: Trace, answers: dict[str, list[list[int]]]
+    bench: Bench, arm: str, point: Point, block: int, trace: Trace, answers: dict[str, list[list[int]]]
 ) -> Trace:
     """The trace, with a word on every greedy answer that left the baseline's."""
     served = [
@@ -520,7 +289,7 @@ def _compared(
     return dataclasses.replace(trace, served=served)
 
 
-def _write_results(work: Work, bench: _Bench, figures: list[LoadFigure]) -> None:
+def _write_results(work: Work, bench: Bench, figures: list[LoadFigure]) -> None:
     """Figures as data, page and picture; the summary goes into the manifest."""
     load = bench.cfg.load
     drafting = {p.concurrency: bench.precision(SCHEDULED, p) for p in load.points() if p.kind == CLOSED}

@@ -7,12 +7,16 @@ of the arms on validation prompts, and is then fixed in the score.
 
 import dataclasses
 import logging
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from distill.responses.local import Config as LocalResponses
 from inference.device_profile import DeviceProfile, device_profile, profile_from_json
 from inference.errors import InputError
+from inference.generation import generate_batch
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Store, Work
 from pipelines.config import RunConfig
@@ -22,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 
-# Time beside the products that the profile measures: attention, padding, sampling, Python. From runs on two CPUs.
-_GENERATION_OVERHEAD = 2.2
+# Writing shards, drafting prompts, and batches that pad more than the timed one. From runs on two CPUs.
+_GENERATION_OVERHEAD = 1.2
+_TIMED_PROMPT_TOKENS = 48
+_TIMED_STEPS = 8
 # Of a training step under autocast over one in fp32, beside the products: casts. From runs on two CPUs.
 _AUTOCAST_OVERHEAD = 1.4
 _MEAN_PROMPT_TOKENS = 110
@@ -106,29 +112,64 @@ def _plan(cfg: RunConfig, profile: DeviceProfile) -> Plan:
             mend=f"use auto or one of {', '.join(profile.passes)}",
         )
     train_precision = cfg.trainer.precision if cfg.trainer.precision != "auto" else profile.train_precision
+    generation_precision = profile.generation_precision if fixed == "auto" else fixed
     trained = {name: draft for name, draft in cfg.draft.items() if draft.trained}
     return Plan(
         device=profile.device,
-        responses=cfg.budget.responses or _responses(cfg, profile),
+        responses=cfg.budget.responses or _responses(cfg, generation_precision),
         steps={name: _steps(cfg, profile, name, train_precision, len(trained)) for name in trained},
         baseline_precision=profile.baseline_precision if fixed == "auto" else fixed,
         block_precision=profile.block_precision if fixed == "auto" else fixed,
-        generation_precision=profile.generation_precision if fixed == "auto" else fixed,
+        generation_precision=generation_precision,
         train_precision=train_precision,
         profile=profile,
     )
 
 
-def _responses(cfg: RunConfig, profile: DeviceProfile) -> int:
+def _responses(cfg: RunConfig, precision: str) -> int:
     """Whole batches of responses that fit; a server's speed is unknown, so it gets a fixed number."""
     if not isinstance(cfg.corpus, LocalResponses):
         raise InputError(
             "the speed of a server is not known here", where="budget.responses", mend="set budget.responses=N"
         )
     batch = cfg.corpus.batch_size
-    step_seconds = profile.pass_seconds(profile.generation_precision, batch) * _GENERATION_OVERHEAD
-    batches = int(cfg.budget.corpus_minutes * 60 / (step_seconds * cfg.corpus.max_new_tokens))
+    prompts, step = time_generation(cfg, cfg.corpus, precision)
+    # Answers end before they are cut, and the batch shrinks with them.
+    batch_seconds = prompts * _MEAN_PROMPT_TOKENS + step * cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
+    batches = int(cfg.budget.corpus_minutes * 60 / (batch_seconds * _GENERATION_OVERHEAD))
     return max(1, batches) * batch
+
+
+def time_generation(cfg: RunConfig, corpus: LocalResponses, precision: str) -> tuple[float, float]:
+    """Seconds of a batch of responses, as the corpus will be written: per token of its prompts, and per step.
+
+    Neither follows from passes of one request: prompts are wide passes, and a step attends for every row.
+    """
+    model = cfg.target.load(cfg.paths.cache, precision=precision)
+    length = min(_TIMED_PROMPT_TOKENS, model.context_limit // 2)
+    steps = min(_TIMED_STEPS, model.context_limit - length - 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocab_size, (corpus.batch_size, length), generator=generator).tolist()
+
+    def seconds(prompts: list[list[int]], tokens: int) -> float:
+        start = time.perf_counter()
+        generate_batch(
+            model,
+            prompts,
+            settings=corpus.settings(),
+            max_new_tokens=tokens,
+            stop_tokens=frozenset(),
+            seed=0,
+            keep_states=corpus.keep_states,
+            keep_prompt_states=corpus.keep_states and corpus.keep_prompt_states,
+            taps=corpus.tapped_layers(model.model.config.get_text_config(decoder=True).num_hidden_layers),
+        )
+        return time.perf_counter() - start
+
+    seconds([row[:4] for row in ids], 2)  # warms up
+    prompts = seconds(ids, 1)
+    step = max(0.0, seconds(ids, 1 + steps) - prompts) / steps
+    return prompts / length, step
 
 
 def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, num_trained: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from inference.batch.load import BATCH, CLOSED, POISSON, LoadRun, Point, Trace
 from inference.statistics import BASELINE
-from pipelines import cli, load
+from pipelines import cli, load_bench
 from pipelines.load import LoadConfig, arrival_rate, num_blocks, read_runs, whole_blocks
 from pipelines.select import Decision
 from tests.inference.test_batch_load import made_run
@@ -175,7 +175,7 @@ def test_unexplained_greedy_output_is_refused(
 ) -> None:
     place = _own(finished.place, tmp_path / "place")
     monkeypatch.chdir(place.root)
-    closed = load.closed_loop
+    closed = load_bench.closed_loop
 
     def wrong(engine: object, asked: object, *, concurrency: int) -> tuple[Trace, list[list[int]]]:
         trace, answers = closed(engine, asked, concurrency=concurrency)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def test_unexplained_greedy_output_is_refused(
             answers[0] = [(answers[0][0] + 1) % 250, *answers[0][1:]]
         return trace, answers
 
-    monkeypatch.setattr(load, "closed_loop", wrong)
+    monkeypatch.setattr(load_bench, "closed_loop", wrong)
     out, code = run(place.words(*WORDS, "load.poisson_shares=[]", "load.generate=[]", stage="load"))
     assert code == 1 and "greedy outputs under load differ where the target has no near-tie: not lossless" in out
     assert place.complete("load") == []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
+from distill.responses.local import Config as LocalResponses
 from inference.device_profile import WIDTHS, DeviceProfile
 from inference.errors import InputError
 from pipelines import config, plan
@@ -31,6 +32,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[DeviceProfile]:
     """The profile that the next plan is made from."""
     profiles = [PROFILE]
     monkeypatch.setattr(plan, "device_profile", lambda target, cache: profiles[-1])
+    # Seconds per prompt token of a batch, and per step, in which only the latest profile's speed counts.
+    step = lambda: profiles[-1].passes["fp32"][1]  # noqa: E731
+    monkeypatch.setattr(plan, "time_generation", lambda cfg, corpus, precision: (step() / 10, step()))
     return profiles
 
 
@@ -66,9 +70,9 @@ def test_a_fixed_precision_holds_for_all_decoding(
 
 
 def test_responses_fill_the_budget(measured: list[DeviceProfile], tiny_place: Workplace, tmp_path: Path) -> None:
-    # A batch of 4 takes 12 steps of 10 ms, 2.2 times that with what is no product: 0.264 s. 0.6 min hold 136 of
-    # them: 544 responses.
-    assert made(tiny_place, tmp_path, "budget.corpus_minutes=0.6").responses == 544
+    # A batch of 4 takes 110 prompt tokens of 1 ms and 0.75 * 12 steps of 10 ms, 1.2 times that with the rest: 0.24 s.
+    # 0.6 min hold 150 of them, or one fewer where rounding says so.
+    assert made(tiny_place, tmp_path, "budget.corpus_minutes=0.601").responses == 600
     assert made(tiny_place, tmp_path, "budget.corpus_minutes=0.000001").responses == 4, "one batch at least"
     assert made(tiny_place, tmp_path, "budget.responses=7").responses == 7
 
@@ -83,6 +87,13 @@ def test_steps_fill_the_budget_shared_by_the_trained_drafts(
     two = made(tiny_place, tmp_path, "budget.training_minutes=1", "+draft@draft.twin=pruned", "draft.twin.layers=1")
     assert set(two.steps) == {"pruned", "twin"} and two.steps["pruned"] == 1737 // 2
     assert made(tiny_place, tmp_path, "trainer.steps=5").steps == {"pruned": 5}
+
+
+def test_generation_is_timed_as_the_corpus_is_written(tiny_place: Workplace) -> None:
+    cfg = configured(tiny_place)
+    assert isinstance(cfg.corpus, LocalResponses)
+    prompts, step = plan.time_generation(cfg, cfg.corpus, "fp32")
+    assert 0.0 < prompts < step < 10.0, "a token of a prompt costs less than a step of its own"
 
 
 def test_a_server_needs_an_explicit_number(
