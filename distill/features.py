@@ -3,6 +3,8 @@
 Beside each token shard lies `shard-00000.features.safetensors` with one row of tapped layers per token, bf16. The row
 of a conversation's last token is zero: that token was never fed, and no draft looks at it. Reading maps the file and
 copies only the rows asked for, so a corpus larger than memory trains all the same.
+
+Compressed, a layer's row is 8-bit numbers and one scale, about half the bytes.
 """
 
 import json
@@ -20,7 +22,8 @@ from inference.errors import InputError, first_line
 from inference.model import CausalModel
 
 BYTES_PER_NUMBER = 2
-"""Features and states are kept in bf16."""
+"""Features and states are kept in bf16, unless features are compressed."""
+_SCALE_BYTES = 4
 
 
 def features_path(folder: Path, index: int) -> Path:
@@ -28,30 +31,77 @@ def features_path(folder: Path, index: int) -> Path:
     return folder / f"{shard_name(index)}.features.safetensors"
 
 
-def write_features(folder: Path, index: int, features: Sequence[torch.Tensor], taps: Sequence[int]) -> None:
+def write_features(
+    folder: Path, index: int, features: Sequence[torch.Tensor], taps: Sequence[int], *, compressed: bool = False
+) -> None:
     """Write one shard's features, `[T, m * D]` a sample, aside and by rename."""
     path = features_path(folder, index)
     aside = path.with_suffix(".partial")
-    save_file({"features": torch.cat(list(features)).to(torch.bfloat16)}, aside, {"taps": json.dumps(list(taps))})
+    rows = torch.cat(list(features))
+    tensors = compress(rows, len(taps)) if compressed else {"features": rows.to(torch.bfloat16)}
+    save_file(tensors, aside, {"taps": json.dumps(list(taps))})
     with aside.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(aside, path)
 
 
-def feature_bytes(*, tokens: int, hidden: int, num_taps: int) -> int:
+def compress(rows: torch.Tensor, num_taps: int) -> dict[str, torch.Tensor]:
+    """8-bit numbers `features` `[T, m * D]` and `scales` `[T, m]` of rows `[T, m * D]`: each layer's largest is 127."""
+    layers = rows.float().unflatten(1, (num_taps, -1))
+    scales = layers.abs().amax(-1, keepdim=True) / 127.0
+    numbers = (layers / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    return {"features": numbers.flatten(1), "scales": scales[..., 0].contiguous()}
+
+
+def feature_bytes(*, tokens: int, hidden: int, num_taps: int, compressed: bool = False) -> int:
     """Bytes on disk of the features of some tokens."""
-    return tokens * num_taps * hidden * BYTES_PER_NUMBER
+    return tokens * num_taps * (hidden + _SCALE_BYTES if compressed else hidden * BYTES_PER_NUMBER)
 
 
-def bytes_per_token(*, tokens: int, stated: int, hidden: int, num_taps: int) -> tuple[float, float]:
+def bytes_per_token(
+    *, tokens: int, stated: int, hidden: int, num_taps: int, compressed: bool = False
+) -> tuple[float, float]:
     """Bytes per training token of our layout, and of DeepSpec's target cache v2 for the same taps.
 
     Ours keeps the last state where something learns from it (`stated` tokens); the cache keeps it everywhere, besides
     token, attention and loss mask.
     """
-    ours = num_taps * hidden * BYTES_PER_NUMBER + stated / tokens * hidden * BYTES_PER_NUMBER + 4 + 1
+    taps = feature_bytes(tokens=1, hidden=hidden, num_taps=num_taps, compressed=compressed)
+    ours = taps + stated / tokens * hidden * BYTES_PER_NUMBER + 4 + 1
     theirs = (num_taps + 1) * hidden * BYTES_PER_NUMBER + 4 + 1 + 1
     return ours, float(theirs)
+
+
+class _Rows:
+    """Rows of one file, read when asked for.
+
+    Args:
+        features: `[N, m * D]`, bf16 or 8-bit numbers; a slice of a file or a tensor.
+        scales: `[N, m]` of the latter, else None.
+    """
+
+    def __init__(self, features: Any, scales: Any) -> None:
+        self.features, self.scales = features, scales
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, and m * D."""
+        count, width = self.features.get_shape()
+        return count, width
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """Rows `[end - start, m * D]`, bf16."""
+        numbers: torch.Tensor = self.features[start:end]
+        if self.scales is None:
+            return numbers
+        scales: torch.Tensor = self.scales[start:end]
+        layers = numbers.unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+        return layers.flatten(1).to(torch.bfloat16)
+
+    def on(self, device: torch.device) -> "_Rows":
+        """The same, whole and on a device."""
+        scales = None if self.scales is None else self.scales[:].to(device)
+        return _Rows(self.features[:].to(device), scales)
 
 
 class FeatureShards:
@@ -67,14 +117,14 @@ class FeatureShards:
     """
 
     def __init__(self, folder: Path, samples: list[list[Sample]], *, taps: Sequence[int]) -> None:
-        self._places: dict[str, tuple[Any, int, int]] = {}
+        self._places: dict[str, tuple[_Rows, int, int]] = {}
         self._total = 0
         first: list[int] | None = None
         self._columns: torch.Tensor | None = None
         for index, shard in enumerate(samples):
             path = features_path(folder, index)
             rows, kept = _opened(path)
-            count, width = rows.get_shape()
+            count, width = rows.shape
             start = 0
             for sample in shard:
                 self._places[sample.id] = (rows, start, start + sample.tokens.shape[0])
@@ -96,20 +146,20 @@ class FeatureShards:
     def of(self, sample: Sample) -> torch.Tensor:
         """Features `[T, m * D]` of one sample, bf16."""
         rows, start, end = self._places[sample.id]
-        features: torch.Tensor = rows[start:end]
+        features = rows.read(start, end)
         return features if self._columns is None else features[:, self._columns]
 
     def resident(self, device: torch.device) -> "FeatureShards":
         """Keep everything on an accelerator that has room for it three times over, so that no step waits for a copy."""
         if device.type == "cuda" and 3 * self._total < torch.cuda.mem_get_info(device)[0]:
             files = {id(rows): rows for rows, _, _ in self._places.values()}
-            whole = {key: rows[:].to(device) for key, rows in files.items()}
+            whole = {key: rows.on(device) for key, rows in files.items()}
             self._places = {key: (whole[id(rows)], start, end) for key, (rows, start, end) in self._places.items()}
             self._columns = None if self._columns is None else self._columns.to(device)
         return self
 
 
-def _opened(path: Path) -> tuple[Any, list[int]]:
+def _opened(path: Path) -> tuple[_Rows, list[int]]:
     """A file's features, not read yet, and its layers.
 
     Raises:
@@ -121,7 +171,10 @@ def _opened(path: Path) -> tuple[Any, list[int]]:
         rows = file.get_slice("features")
         if len(rows.get_shape()) != 2:
             raise ValueError(f"a tensor of shape {rows.get_shape()}, not of rows")
-        return rows, kept
+        scales = file.get_slice("scales") if "scales" in file.keys() else None
+        if scales is not None and scales.get_shape() != [rows.get_shape()[0], len(kept)]:
+            raise ValueError(f"scales of shape {scales.get_shape()}")
+        return _Rows(rows, scales), kept
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"unreadable features: {reason}", where=str(path), mend="build the corpus again") from None

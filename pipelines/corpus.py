@@ -143,16 +143,25 @@ def _make(context: RunContext, work: Work) -> None:
         )
         kept = [sample.features for sample in samples if sample.features is not None]
         if taps and len(kept) == len(samples):
-            write_features(work.folder, index, kept, taps)
+            write_features(work.folder, index, kept, taps, compressed=_compressed(cfg.corpus))
         write_shard(work.folder, index, samples)
     work.metrics.update(_metrics(work.folder, len(shards)))
     if taps:
         hidden, metrics = int(str(config_shape(context.target_folder)["hidden_size"])), work.metrics
         ours, theirs = bytes_per_token(
-            tokens=metrics["tokens"], stated=metrics["stated_tokens"], hidden=hidden, num_taps=len(taps)
+            tokens=metrics["tokens"],
+            stated=metrics["stated_tokens"],
+            hidden=hidden,
+            num_taps=len(taps),
+            compressed=_compressed(cfg.corpus),
         )
         work.metrics["feature_bytes_per_token"] = {"kept": round(ours), "reference_cache": round(theirs)}
         logger.info("features: %.0f bytes a token kept, %.0f in the layout of DeepSpec's cache", ours, theirs)
+
+
+def _compressed(corpus: object) -> bool:
+    """Whether features are kept as 8-bit numbers."""
+    return isinstance(corpus, LocalResponses) and corpus.compress_features
 
 
 def _affordable_taps(
@@ -177,7 +186,8 @@ def _affordable_taps(
     if shard_written(folder, 0):
         return kept_taps(folder)  # decided by the run that was interrupted, with another disk before it
     longest = sum(_longest(p, tokenizer, answer=cfg.max_new_tokens) for p in prompts)
-    size = feature_bytes(tokens=longest, hidden=int(str(shape["hidden_size"])), num_taps=len(taps))
+    hidden = int(str(shape["hidden_size"]))
+    size = feature_bytes(tokens=longest, hidden=hidden, num_taps=len(taps), compressed=cfg.compress_features)
     room = min(cfg.features_gib * 2**30, shutil.disk_usage(folder).free / 2)
     said = f"features of layers {', '.join(map(str, taps))}: at most {size / 2**20:.0f} MiB"
     if size > room:

@@ -30,6 +30,7 @@ class Config:
             `features_gib` or half of the free disk.
         taps: layers whose features are kept (decoder indices); empty for five spread from layer 1 to n - 3.
         features_gib: most room for features, in GiB.
+        compress_features: keep them as 8-bit numbers with a scale for each layer and token, in about half the room.
     """
 
     kind: str = "local"
@@ -43,6 +44,7 @@ class Config:
     keep_features: bool = True
     taps: list[int] = field(default_factory=list)
     features_gib: float = 4.0
+    compress_features: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_size < 1:

@@ -51,6 +51,7 @@ def _sample(identity: str, length: int, *, states: Tensor | None = None) -> Samp
 
 def _written(folder: Path, *, taps: list[int] = TAPS) -> tuple[list[list[Sample]], dict[str, Tensor]]:
     """Shards of several conversations on disk; their samples and their features by id."""
+    folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(1)
     shards, features = [], {}
     for index, lengths in enumerate(LENGTHS):
@@ -94,6 +95,37 @@ def test_a_shard_written_again_replaces_the_old_one(tmp_path: Path) -> None:
     kept = FeatureShards(tmp_path, shards, taps=[0])
     assert kept.of(shards[1][0]).tolist() == [[1.5] * HIDDEN] * 5
     assert kept_taps(tmp_path) == [0]
+
+
+def test_compressed_features_come_back_within_half_a_step(tmp_path: Path) -> None:
+    shards, _ = _written(tmp_path / "plain")
+    generator = torch.Generator().manual_seed(2)
+    rows = {}
+    for index, shard in enumerate(shards):
+        # One number of a layer may be many times the others; what that costs stays within its layer and token.
+        wild = [torch.randn(s.tokens.shape[0], len(TAPS) * HIDDEN, generator=generator) for s in shard]
+        for row in wild:
+            row[0, 0] = 3000.0
+        wild[0][-1] = 0.0
+        write_features(tmp_path, index, wild, TAPS, compressed=True)
+        rows |= {sample.id: row for sample, row in zip(shard, wild, strict=True)}
+    for taps in (TAPS, [TAPS[2], TAPS[0]]):
+        kept = FeatureShards(tmp_path, shards, taps=taps)
+        for sample in (sample for shard in shards for sample in shard):
+            layers = dict(zip(TAPS, rows[sample.id].split(HIDDEN, dim=1), strict=True))
+            got = kept.of(sample).float().split(HIDDEN, dim=1)
+            for tap, layer in zip(taps, got, strict=True):
+                step = layers[tap].abs().amax(-1, keepdim=True) / 127
+                # Half a step, and bf16's own rounding.
+                assert bool(((layer - layers[tap]).abs() <= 0.5 * step + layers[tap].abs() / 128 + 1e-6).all())
+    stored = load_file(features_path(tmp_path, 2)).values()
+    tokens = sum(LENGTHS[2])
+    size = feature_bytes(tokens=tokens, hidden=HIDDEN, num_taps=len(TAPS), compressed=True)
+    assert sum(tensor.nbytes for tensor in stored) == size
+    plain, _ = bytes_per_token(tokens=10, stated=5, hidden=576, num_taps=5)
+    small, theirs = bytes_per_token(tokens=10, stated=5, hidden=576, num_taps=5, compressed=True)
+    # 2,900 and 5,760 for the layers, 576 for the states, 5 for token and mask; DeepSpec's cache takes 6,918.
+    assert (small, plain, theirs) == (2900 + 576 + 5, 5760 + 576 + 5, 6918.0)
 
 
 # What is refused
