@@ -95,8 +95,9 @@ class _Rows:
         if self.scales is None:
             return numbers
         scales: torch.Tensor = self.scales[start:end]
-        layers = numbers.unflatten(1, (scales.shape[1], -1)) * scales[..., None]
-        return layers.flatten(1).to(torch.bfloat16)
+        layers: torch.Tensor = numbers.unflatten(1, (scales.shape[1], -1)) * scales[..., None]
+        rows: torch.Tensor = layers.flatten(1).to(torch.bfloat16)
+        return rows
 
     def on(self, device: torch.device) -> "_Rows":
         """The same, whole and on a device."""

@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,26 +68,34 @@ class DeviceProfile:
 
     @property
     def baseline_precision(self) -> str:
-        """Fastest arithmetic for target-only decoding; of those that tie at one token, the speculative one, else that
-        which is fastest at wide passes, as prompts are.
-
-        A tie is a difference within both spreads and within a twentieth. A baseline is not made slower by noise.
-        """
-        fastest = min(self.passes, key=lambda name: self.passes[name][1])
-
-        def ties(name: str) -> bool:
-            gap = self.passes[name][1] - self.passes[fastest][1]
-            noise = self.spread[name][1] + self.spread[fastest][1]
-            return gap <= min(noise, _TIE * self.passes[fastest][1])
-
-        if ties(self.block_precision):
-            return self.block_precision
-        return min(filter(ties, self.passes), key=lambda name: self.passes[name][max(WIDTHS)])
+        """Fastest arithmetic for target-only decoding; the speculative one where the two tie."""
+        found = self._fastest((1,))
+        return self.block_precision if self.block_precision in found else found[0]
 
     @property
     def block_precision(self) -> str:
         """Fastest arithmetic for verifying blocks."""
-        return min(self.passes, key=lambda name: sum(self.passes[name][w] for w in BLOCK_WIDTHS))
+        return self._fastest(BLOCK_WIDTHS)[0]
+
+    def _fastest(self, widths: Sequence[int]) -> list[str]:
+        """Arithmetics that tie for passes of these widths, those first that are faster at wide passes, as prompts are.
+
+        A tie is a difference within both spreads and within a twentieth. A baseline is not made slower by noise.
+        """
+
+        def seconds(name: str) -> float:
+            return sum(self.passes[name][width] for width in widths)
+
+        def noise(name: str) -> float:
+            return sum(self.spread[name][width] for width in widths)
+
+        best = min(self.passes, key=seconds)
+        ties = [
+            name
+            for name in self.passes
+            if seconds(name) - seconds(best) <= min(noise(name) + noise(best), _TIE * seconds(best))
+        ]
+        return sorted(ties, key=lambda name: self.passes[name][max(WIDTHS)])
 
     @property
     def generation_precision(self) -> str:
