@@ -33,6 +33,7 @@ from inference.batch.load_figures import (
 from inference.batch.plain import plain_generate
 from inference.costs import interpolated
 from inference.decoder import Request
+from inference.device_profile import WIDTHS
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.none import NoDrafter
 from inference.lookahead import BlockConfig, Chances, Lookahead, Measured
@@ -49,6 +50,7 @@ from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
 from pipelines.files import read_json, write_json
+from pipelines.plan import MEAN_PROMPT_TOKENS
 from pipelines.score import score_prompts
 from pipelines.score_plan import by_domain, round_robin
 
@@ -96,12 +98,20 @@ class Bench:
         return self._targets[precision]
 
     def precision(self, arm: str, point: Point) -> str:
-        """The arithmetic that the device profile gives an arm: the fastest for the tokens of its usual pass."""
+        """The arithmetic in which a typical request of this load takes least, by the device profile: its prompt, read
+        in wide passes, and its share of the passes that write its answer."""
         if self.cfg.target.precision != "auto":
             return str(self.cfg.target.precision)
         passes = self.context.plan.profile.passes
-        width = point.concurrency * (1 if arm in (BASELINE, GENERATE) else _DRAFT_WIDTH)
-        return min(passes, key=lambda name: interpolated(passes[name], width))
+        each = 1 if arm in (BASELINE, GENERATE) else _DRAFT_WIDTH
+        widest = max(WIDTHS)
+
+        def seconds(name: str) -> float:
+            prompt = passes[name][widest] / widest * MEAN_PROMPT_TOKENS
+            answer = interpolated(passes[name], each * point.concurrency) / point.concurrency
+            return prompt + self.cfg.load.max_new_tokens * answer
+
+        return min(passes, key=seconds)
 
     def measured(self, precision: str) -> Measured:
         """What the scheduler starts from."""

@@ -32,7 +32,7 @@ _TIMED_PROMPT_TOKENS = 48
 _TIMED_STEPS = 8
 # Of a training step under autocast over one in fp32, beside the products: casts. From runs on two CPUs.
 _AUTOCAST_OVERHEAD = 1.4
-_MEAN_PROMPT_TOKENS = 110
+MEAN_PROMPT_TOKENS = 110
 _MEAN_RESPONSE_SHARE = 0.75
 
 
@@ -135,7 +135,7 @@ def _responses(cfg: RunConfig, precision: str) -> int:
     batch = cfg.corpus.batch_size
     prompts, step = time_generation(cfg, cfg.corpus, precision)
     # Answers end before they are cut, and the batch shrinks with them.
-    batch_seconds = prompts * _MEAN_PROMPT_TOKENS + step * cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
+    batch_seconds = prompts * MEAN_PROMPT_TOKENS + step * cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
     batches = int(cfg.budget.corpus_minutes * 60 / (batch_seconds * _GENERATION_OVERHEAD))
     return max(1, batches) * batch
 
@@ -179,7 +179,7 @@ def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, nu
     draft = cfg.draft[name]
     shape = config_shape(cfg.target.folder(cfg.paths.cache))
     token_layers, head_positions = draft.step_work(
-        prompt_tokens=_MEAN_PROMPT_TOKENS,
+        prompt_tokens=MEAN_PROMPT_TOKENS,
         response_tokens=cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE,
         num_target_layers=int(str(shape.get("num_hidden_layers", 1))),
         vocab_size=int(str(shape["vocab_size"])),

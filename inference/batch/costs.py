@@ -162,7 +162,8 @@ def _time_passes(target: CausalModel, count: int, widths: Sequence[int]) -> list
 
 
 def _time_drafts(target: CausalModel, group: DraftGroup, count: int, longest: int) -> tuple[float, float]:
-    """Seconds of drafting whatever the length, and for each token, from blocks of one and of `longest` tokens."""
+    """Seconds of drafting whatever the length, and for each token, from blocks of one and of `longest` tokens, or of as
+    many as the draft proposes at most."""
     context = min(_CONTEXT_TOKENS, target.context_limit // 2)
     lengths = [tokens for _ in range(1 + _REPEATS) for tokens in sorted({1, longest})]
     generator = torch.Generator().manual_seed(1)
@@ -176,12 +177,14 @@ def _time_drafts(target: CausalModel, group: DraftGroup, count: int, longest: in
             group.read(slot, features[: context - 1])
     source, settings = TorchSource.seeded(0, device=target.device), SamplingSettings()
     seconds: dict[int, list[float]] = {1: [], longest: []}
+    drafted = 1
     # Between two blocks every context grows by a token, as in decoding.
     for end, tokens in enumerate(lengths, start=context):
         asks = [Ask(text[:end], tokens, FixedLookahead(tokens), settings, source) for text in texts]
         start = time.perf_counter()
-        group.propose(asks)
+        proposals = group.propose(asks)
         _wait(target.device)
+        drafted = max(drafted, *(len(proposal) for proposal in proposals))
         seconds[tokens].append(time.perf_counter() - start)
         group.rollback([0] * count)
         for slot in range(count if group.taps else 0):
@@ -189,7 +192,7 @@ def _time_drafts(target: CausalModel, group: DraftGroup, count: int, longest: in
     # The first of each warms up.
     seconds = {tokens: taken[1:] for tokens, taken in seconds.items()}
     one, all_of_them = (statistics.quantiles(seconds[tokens], n=4)[0] for tokens in (1, longest))
-    token = max(0.0, (all_of_them - one) / (longest - 1)) if longest > 1 else one
+    token = max(0.0, (all_of_them - one) / (drafted - 1)) if drafted > 1 else one
     return max(0.0, one - token), token
 
 
