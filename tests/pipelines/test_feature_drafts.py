@@ -93,9 +93,9 @@ def featured(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
     place = tiny_place.again(tmp_path_factory.mktemp("featured"))
     write = corpus.write_features
 
-    def heard(*given: Any) -> None:
+    def heard(*given: Any, **named: Any) -> None:
         sys.stderr.write("a file of features\n")
-        write(*given)
+        write(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.root)
