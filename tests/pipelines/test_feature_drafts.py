@@ -336,6 +336,22 @@ def test_the_corpus_keeps_features_beside_its_shards(featured: Finished) -> None
     assert f"features: {per_token['kept']} bytes a token kept, {per_token['reference_cache']} in" in featured.out
 
 
+def test_compressed_features_train_a_draft_and_take_half_the_room(featured: Finished, tmp_path: Path) -> None:
+    place = copied(featured.place, tmp_path / "place", "plan")
+    text, code = run(place.words(*alone("dspark"), "corpus.compress_features=true", stage="build"))
+    assert code == 2 and "no output of the corpus stage" in text, "another corpus than the one that is there"
+    for stage in ("corpus", "build"):
+        text, code = run(place.words(*alone("dspark"), "corpus.compress_features=true", stage=stage))
+        assert code == 0, text
+    corpora = [Artifact.load(each.only("corpus")) for each in (featured.place, place)]
+    kept = [artifact.metrics["feature_bytes_per_token"]["kept"] for artifact in corpora]
+    # Three taps: 2 bytes a number, or 1 and a scale of 4 for each tap.
+    assert kept[0] - kept[1] == 3 * (HIDDEN - 4)
+    with safe_open(corpora[1].path / FIVE[0], framework="pt") as file:
+        assert file.get_tensor("features").dtype == torch.int8
+    assert metrics(place, "dspark").keys() == metrics(featured.place, "dspark").keys()
+
+
 def test_the_size_of_the_features_is_said_before_any_is_written(featured: Finished) -> None:
     lines = featured.out.splitlines()
     said = lines.index("features of layers 0, 1, 2: at most 0 MiB")
