@@ -59,6 +59,7 @@ class Group:
         self._over = threading.Event()
         self._turn = threading.RLock()
         self._teller: threading.Thread | None = None
+        self._watchers: list[threading.Thread] = []
         self._voice = distributed.new_group(backend="gloo", timeout=_IDLE)
         self._pulse = distributed.new_group(backend="gloo", timeout=_IDLE)
 
@@ -124,7 +125,8 @@ class Group:
     def watch(self) -> None:
         """Let the leader learn of a follower's death whatever it is doing, and of being told to end."""
         for rank in range(1, self.size):
-            threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
+            self._watchers.append(threading.Thread(target=self._watch, args=(rank,), daemon=True))
+            self._watchers[-1].start()
         signal.signal(signal.SIGTERM, self._told_to_end)
 
     def close(self) -> None:
@@ -136,6 +138,9 @@ class Group:
             if self.rank:
                 distributed.send(torch.zeros(1), 0, group=self._pulse)
             distributed.barrier(self._voice, async_op=True).wait(PATIENCE)
+        # All goodbyes were said. A thread still inside a library when the interpreter ends would abort the process.
+        for watcher in self._watchers:
+            watcher.join(PATIENCE.total_seconds())
         distributed.destroy_process_group()
 
     def _watch(self, rank: int) -> None:
