@@ -98,18 +98,6 @@ def load_figures(runs: Iterable[LoadRun], *, seed: int = 0, resamples: int = RES
     return found
 
 
-def find_figure(figures: Iterable[LoadFigure], arm: str, point: Point) -> LoadFigure:
-    """The figure of an arm at a load.
-
-    Raises:
-        KeyError: it is not there.
-    """
-    for figure in figures:
-        if (figure.arm, figure.point) == (arm, point):
-            return figure
-    raise KeyError(f"no figure of {arm} at {point}")
-
-
 class _At:
     """All runs of one load."""
 

@@ -5,7 +5,8 @@ Three decisions, none of which knows a token that it decides on:
 - how deep a block is drafted, from survivals of earlier rounds;
 - `early_stop`: positions of this round are admitted, likeliest first, while expected tokens a second rise
   (`inference.scheduler`);
-- `whole`: positions whose survival is at least a bound that was best, over all lengths, in rounds at least two before.
+- `whole`: positions whose survival is at least a bound that was best, over all lengths, in rounds at least
+  `delay_rounds` before.
 
 Where no depth pays, nothing is drafted, and now and then it is tried again.
 """
@@ -22,7 +23,6 @@ from inference.scheduler import schedule
 
 _SAMPLE_ROUNDS = 24
 _SAMPLE_REQUESTS = 256
-_DELAY_ROUNDS = 2
 _PLAN_ROUNDS = 8
 _FIRST_PROBE, _LAST_PROBE = 8, 128
 
@@ -52,7 +52,8 @@ class PassSharing:
     def __init__(self, lookahead: ScheduledLookahead | DelayedLookahead, costs: LoadCosts) -> None:
         self.longest = lookahead.longest
         self.costs = costs
-        self._whole = isinstance(lookahead, DelayedLookahead)
+        # Age of the rounds that `whole` goes by, at least 2; 0 for `early_stop`.
+        self._delay_rounds = lookahead.delay_rounds if isinstance(lookahead, DelayedLookahead) else 0
         self._chances: Chances = lookahead.measured.chances
         known = lookahead.measured.conditional or (0.5,)
         self._conditional = [known[min(k, len(known) - 1)] for k in range(self.longest)]
@@ -90,7 +91,7 @@ class PassSharing:
         """
         survivals = [_survivals(self._chances.of(n.signals[:length])) for n, length in zip(noted, lengths, strict=True)]
         count = len(survivals)
-        if self._whole:
+        if self._delay_rounds:
             admitted = [sum(chance >= self._plan[1] for chance in row) for row in survivals]
         else:
             prefixes = [_Prefix(row) for row in survivals]
@@ -114,7 +115,7 @@ class PassSharing:
 
     def _best(self, requests: int) -> tuple[int, float]:
         """The depth, and the bound on survivals, with the most expected tokens a second in earlier rounds."""
-        old = list(self._rounds)[: -(_DELAY_ROUNDS - 1)] if self._whole else list(self._rounds)
+        old = list(self._rounds)[: 1 - self._delay_rounds] if self._delay_rounds else list(self._rounds)
         sample = [row for survivals in old for row in survivals][-_SAMPLE_REQUESTS:] or [[]]
         known = np.array([self._lengthened(row) for row in sample])
         # Passes by tokens a request, as `np.interp` wants them.

@@ -27,7 +27,7 @@ from inference.batch.load import (
     timed_load,
     timed_passes,
 )
-from inference.batch.load_figures import claims, find_figure, foretold, load_figures
+from inference.batch.load_figures import LoadFigure, claims, foretold, load_figures
 from inference.batch.plain import plain_generate
 from inference.decoder import Request, decode
 from inference.drafters import Drafter
@@ -288,7 +288,7 @@ def _load(**speeds: tuple[int, int]) -> list[LoadRun]:
 
 def test_ratios_are_of_sums_and_paired_by_block() -> None:
     figures = load_figures(_load(none=(11, 21), fixed_1=(22, 42), fixed_2=(12, 12), scheduled=(33, 63)))
-    best = find_figure(figures, "scheduled", LOOP)
+    best = _figure(figures, "scheduled", LOOP)
     assert best.tokens_per_s.value == pytest.approx(96 / 20)
     # Whatever blocks are drawn, three times as many tokens: the interval is a point.
     assert (best.over_none.low, best.over_none.value, best.over_none.high) == pytest.approx((3.0, 3.0, 3.0))
@@ -301,7 +301,7 @@ def test_a_figure_has_lengths_latencies_and_what_is_outside() -> None:
     miss = Mismatch(position=1, margin=9.0, near_tie=False)
     run = made_run("none", 0, 5)
     other = made_run("fixed-2", 0, 5, proposed=[2, 1], accepted=[1, 1], blocks={"1": 1, "2": 1}, mismatch=miss)
-    figure = find_figure(load_figures([run, other]), "fixed-2", LOOP)
+    figure = _figure(load_figures([run, other]), "fixed-2", LOOP)
     assert (figure.mean_length, figure.tau, figure.alpha) == (1.5, 2.5, 2 / 3)
     assert figure.token_ms == pytest.approx((1250, 1250)), "four tokens in the five seconds of the second round"
     assert figure.first_ms == pytest.approx((4000, 4000)) and figure.total_ms == pytest.approx((9000, 9000))
@@ -341,3 +341,7 @@ def test_what_there_is_to_gain_follows_from_the_parts() -> None:
     assert foretold(chances, costs, concurrency=1, longest=0) == (0, 1.0)
     # Forty requests: 1.8 * 5 against 9 + 2 loses.
     assert foretold(chances, costs, concurrency=40, longest=8) == (0, 1.0)
+
+
+def _figure(figures: list[LoadFigure], arm: str, point: Point) -> LoadFigure:
+    return next(figure for figure in figures if (figure.arm, figure.point) == (arm, point))
