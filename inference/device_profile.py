@@ -1,8 +1,8 @@
 """What this machine does well: seconds per pass of 1 to 32 tokens in every arithmetic on offer, and per training token.
 
 Measured once per device, library versions and model shape, in about a minute, and cached. Precision follows from it:
-the baseline gets the arithmetic that is fastest at one token, speculative decoding the one fastest at block widths,
-generation the one fastest at wide passes.
+target-only decoding and speculative decoding each get the arithmetic in which a whole request takes least, its prompt
+included, generation the one fastest at wide passes.
 """
 
 import hashlib
@@ -35,15 +35,22 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 16, 32)
 BLOCK_WIDTHS = (4, 6, 8)
 _CONTEXT_TOKENS = 128
 _REPEATS = 7
-_VISITS = 2
-_ROUNDS = 8
+_ROUNDS = 16
 _TRAIN_ROWS = 128
 _SECONDS = 1.0
-_PASS_SECONDS = 4.0
+_PASS_SECONDS = 6.0
+# The request by which arithmetics are compared. A block that pays at all gives about two tokens a pass.
+_PROMPT_TOKENS = 128
+_ANSWER_TOKENS = 128
+_BLOCK_PASSES = _ANSWER_TOKENS // 2
 # Two arithmetics further apart than this are told apart, however much the machine trembled.
 _TIE = 0.05
+# Of the free memory, for models that are timed in turns; and what one takes, in sizes of its files: weights are read
+# into fp32, laid out anew, and an arithmetic may keep two copies.
+_MEMORY_SHARE = 0.5
+_COPIES = 4
 # Whatever changes what is measured, or how, makes profiles measured before it worthless.
-_METHOD = 4
+_METHOD = 5
 
 
 @dataclass(frozen=True)
@@ -68,34 +75,29 @@ class DeviceProfile:
 
     @property
     def baseline_precision(self) -> str:
-        """Fastest arithmetic for target-only decoding; the speculative one where the two tie."""
-        found = self._fastest((1,))
-        return self.block_precision if self.block_precision in found else found[0]
-
-    @property
-    def block_precision(self) -> str:
-        """Fastest arithmetic for verifying blocks."""
-        return self._fastest(BLOCK_WIDTHS)[0]
-
-    def _fastest(self, widths: Sequence[int]) -> list[str]:
-        """Arithmetics that tie for passes of these widths, those first that are faster at wide passes, as prompts are.
+        """Fastest arithmetic for target-only decoding; the speculative one where the two tie.
 
         A tie is a difference within both spreads and within a twentieth. A baseline is not made slower by noise.
         """
+        best = min(self.passes, key=self._target_only)
+        block = self.block_precision
+        noise = _ANSWER_TOKENS * (self.spread[block][1] + self.spread[best][1])
+        slower = self._target_only(block) - self._target_only(best)
+        return block if slower <= min(noise, _TIE * self._target_only(best)) else best
 
-        def seconds(name: str) -> float:
-            return sum(self.passes[name][width] for width in widths)
+    @property
+    def block_precision(self) -> str:
+        """Fastest arithmetic for speculative decoding."""
+        return min(self.passes, key=self._speculative)
 
-        def noise(name: str) -> float:
-            return sum(self.spread[name][width] for width in widths)
+    def _target_only(self, precision: str) -> float:
+        """Seconds of a request of 128 tokens answered by 128, a token a pass."""
+        return self.pass_seconds(precision, _PROMPT_TOKENS) + _ANSWER_TOKENS * self.passes[precision][1]
 
-        best = min(self.passes, key=seconds)
-        ties = [
-            name
-            for name in self.passes
-            if seconds(name) - seconds(best) <= min(noise(name) + noise(best), _TIE * seconds(best))
-        ]
-        return sorted(ties, key=lambda name: self.passes[name][max(WIDTHS)])
+    def _speculative(self, precision: str) -> float:
+        """Seconds of the same request at two tokens a pass, drafting left out."""
+        verify = statistics.fmean(self.passes[precision][width] for width in BLOCK_WIDTHS)
+        return self.pass_seconds(precision, _PROMPT_TOKENS) + _BLOCK_PASSES * verify
 
     @property
     def generation_precision(self) -> str:
@@ -161,22 +163,45 @@ def profile_from_json(data: dict[str, object]) -> DeviceProfile:
 def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> DeviceProfile:
     """Time every arithmetic on offer; see `DeviceProfile` for what is kept.
 
-    Each is visited twice, the second time in the opposite order: a machine that is slower for a minute would otherwise
-    make a slower arithmetic of whichever had its turn then.
+    All are loaded at once where memory allows it, and take turns: arithmetics that share a product must not differ
+    because the machine did. Where not all fit, as many as do take turns, and every such group is visited twice, the
+    second time in the opposite order.
     """
     names = available_precisions(device)
+    size = max(1, min(len(names), _models_that_fit(folder, device)))
+    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    if len(groups) > 1:
+        groups += reversed(groups)
     seconds: dict[str, dict[int, list[float]]] = {name: {width: [] for width in WIDTHS} for name in names}
     train: dict[str, dict[str, float]] = {}
-    for visit in range(_VISITS):
-        for precision in reversed(names) if visit % 2 else names:
-            model = load_target(folder, precision=precision, device=device, attention=attention)
-            _time_passes(model, seconds[precision])
-            if precision in {"fp32", "bf16"} and precision not in train:
-                train[precision] = _time_training(model)
-            del model
+    for group in groups:
+        models = [load_target(folder, precision=name, device=device, attention=attention) for name in group]
+        _time_passes(models, [seconds[name] for name in group])
+        for name, model in zip(group, models, strict=True):
+            if name in {"fp32", "bf16"} and name not in train:
+                train[name] = _time_training(model)
+        del model, models
     fits = {name: _lower_quartiles(by_width) for name, by_width in seconds.items()}
     passes, spread = ({name: fit[part] for name, fit in fits.items()} for part in (0, 1))
     return DeviceProfile(device_name(device), library_versions(), passes, spread, train)
+
+
+def _models_that_fit(folder: Path, device: torch.device) -> int:
+    """How many arithmetics of a model find room beside each other."""
+    one = _COPIES * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return int(_MEMORY_SHARE * _free_bytes(device) / max(1, one))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo")
+    if lines.is_file():
+        fields = dict(line.split(":", 1) for line in lines.read_text(encoding="ascii").splitlines())
+        if "MemAvailable" in fields:
+            return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def device_name(device: torch.device) -> str:
@@ -198,31 +223,40 @@ def library_versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _time_passes(model: CausalModel, seconds: dict[int, list[float]]) -> None:
-    """Add seconds per width, after a context of 128 tokens and more, or half of what the model holds.
+def _time_passes(models: Sequence[CausalModel], seconds: Sequence[dict[int, list[float]]]) -> None:
+    """Add seconds per width and model, after a context of 128 tokens and more, or half of what the models hold.
 
-    All widths take turns, so that a machine that is busy for a while is busy for all of them. The context grows by a
-    token a pass, as in decoding: what depends on its length must not be timed as if it did not.
+    All models and widths take turns, so that a machine that is busy for a while is busy for all of them. The context
+    grows by a token a pass, as in decoding: what depends on its length must not be timed as if it did not.
+
+    Args:
+        models: one target in several arithmetics.
+        seconds: where each one's figures are added.
     """
-    context = min(_CONTEXT_TOKENS, model.context_limit // 2)
+    first = models[0]
+    context = min(_CONTEXT_TOKENS, first.context_limit // 2)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (context + max(WIDTHS),), generator=generator).to(model.device)
-    lengths = itertools.cycle(range(context, max(context + 1, min(2 * context, model.context_limit - max(WIDTHS)))))
-    cache = model.new_cache()
-    model.logits(tokens[:context], cache, num_rows=1)
+    tokens = torch.randint(first.vocab_size, (context + max(WIDTHS),), generator=generator).to(first.device)
+    longest = max(context + 1, min(2 * context, first.context_limit - max(WIDTHS)))
+    turns = []
+    for model, found in zip(models, seconds, strict=True):
+        cache = model.new_cache()
+        model.logits(tokens[:context], cache, num_rows=1)
+        turns.append((model, found, cache, itertools.cycle(range(context, longest))))
     rounds, spent = 0, 0.0
     # The first round warms up.
-    while rounds < 3 or (rounds <= _ROUNDS and spent < _PASS_SECONDS):
-        for width in WIDTHS:
-            cache.rollback(next(lengths))
-            start = time.perf_counter()
-            model.logits(tokens[context : context + width], cache, num_rows=width)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            taken = time.perf_counter() - start
-            spent += taken
-            if rounds:
-                seconds[width].append(taken)
+    while rounds < 3 or (rounds <= _ROUNDS and spent < _PASS_SECONDS * len(turns)):
+        for model, found, cache, lengths in reversed(turns) if rounds % 2 else turns:
+            for width in WIDTHS:
+                cache.rollback(next(lengths))
+                start = time.perf_counter()
+                model.logits(tokens[context : context + width], cache, num_rows=width)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize(model.device)
+                taken = time.perf_counter() - start
+                spent += taken
+                if rounds:
+                    found[width].append(taken)
         rounds += 1
 
 
