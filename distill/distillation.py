@@ -4,6 +4,7 @@ Knows sequences, states and objectives; does not move parameters. Teacher logits
 states, a chunk of positions at a time, so the target's layers never run during training.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,14 @@ from distill.objectives import Objective
 from inference.errors import InputError
 from inference.model import CausalModel
 from inference.precision import storage_dtype
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
+def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
+    """Indices of `count` samples in the order of one epoch: a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,7 @@ class Distillation:
     def _sample_at(self, position: int) -> int:
         """Index of the sample at a position of the endless, per epoch shuffled stream."""
         epoch, offset = divmod(position, len(self.train))
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        return int(torch.randperm(len(self.train), generator=generator)[offset])
+        return epoch_order(len(self.train), seed=self.seed, epoch=epoch)[offset]
 
     def collate(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         """Pad on the right.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from distill.chunked import chunked_objective
 from distill.corpus import Sample
-from distill.distillation import LossSums
+from distill.distillation import LossSums, epoch_order
 from distill.objectives import Objective, reads_labels
 from inference.errors import InputError
 from inference.feature_drafts import FeatureNetwork, PackedBatch
@@ -105,8 +105,7 @@ class FeatureDistillation:
         pieces = []
         for position in range(start, start + self.config.sequences_per_step):
             epoch, offset = divmod(position, len(self.train))
-            order = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            sample = self.train[int(torch.randperm(len(self.train), generator=order)[offset])]
+            sample = self.train[epoch_order(len(self.train), seed=self.seed, epoch=epoch)[offset]]
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
             pieces.append(self._piece(sample, count=self.config.anchors, share=self.prompt_share, generator=draw))
         return self.collate(pieces)

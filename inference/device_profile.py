@@ -45,6 +45,7 @@ _ANSWER_TOKENS = 128
 _BLOCK_PASSES = _ANSWER_TOKENS // 2
 # Two arithmetics further apart than this are told apart, however much the machine trembled.
 _TIE = 0.05
+_CLOSE = 1.25
 # Of the free memory, for models that are timed in turns; and what one takes, in sizes of its files: weights are read
 # into fp32, laid out anew, and an arithmetic may keep two copies.
 _MEMORY_SHARE = 0.5
@@ -100,9 +101,16 @@ class DeviceProfile:
         return self.pass_seconds(precision, _PROMPT_TOKENS) + _BLOCK_PASSES * verify
 
     @property
-    def generation_precision(self) -> str:
-        """Fastest arithmetic for wide passes, as batched generation makes them."""
-        return min(self.passes, key=lambda name: self.passes[name][max(WIDTHS)])
+    def generation_precisions(self) -> list[str]:
+        """Arithmetics that may be the fastest for batched generation, by wide passes, fastest first.
+
+        A step for many requests attends for each of them, which a wide pass of one request does not: those within a
+        quarter of the fastest are told apart by generating.
+        """
+        widest = max(WIDTHS)
+        best = min(row[widest] for row in self.passes.values())
+        close = [name for name, row in self.passes.items() if row[widest] <= _CLOSE * best]
+        return sorted(close, key=lambda name: self.passes[name][widest])
 
     @property
     def train_precision(self) -> str:

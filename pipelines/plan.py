@@ -112,11 +112,11 @@ def _plan(cfg: RunConfig, profile: DeviceProfile) -> Plan:
             mend=f"use auto or one of {', '.join(profile.passes)}",
         )
     train_precision = cfg.trainer.precision if cfg.trainer.precision != "auto" else profile.train_precision
-    generation_precision = profile.generation_precision if fixed == "auto" else fixed
+    generation_precision, responses = _responses(cfg, profile.generation_precisions if fixed == "auto" else [fixed])
     trained = {name: draft for name, draft in cfg.draft.items() if draft.trained}
     return Plan(
         device=profile.device,
-        responses=cfg.budget.responses or _responses(cfg, generation_precision),
+        responses=responses,
         steps={name: _steps(cfg, profile, name, train_precision, len(trained)) for name in trained},
         baseline_precision=profile.baseline_precision if fixed == "auto" else fixed,
         block_precision=profile.block_precision if fixed == "auto" else fixed,
@@ -126,18 +126,28 @@ def _plan(cfg: RunConfig, profile: DeviceProfile) -> Plan:
     )
 
 
-def _responses(cfg: RunConfig, precision: str) -> int:
-    """Whole batches of responses that fit; a server's speed is unknown, so it gets a fixed number."""
-    if not isinstance(cfg.corpus, LocalResponses):
+def _responses(cfg: RunConfig, precisions: list[str]) -> tuple[str, int]:
+    """The fastest arithmetic of several for generation, and how many responses fit, in whole batches.
+
+    An explicit number of responses is not worth the timing: the first arithmetic then. A server's speed is unknown, so
+    it needs one.
+    """
+    if cfg.budget.responses:
+        return precisions[0], cfg.budget.responses
+    corpus = cfg.corpus
+    if not isinstance(corpus, LocalResponses):
         raise InputError(
             "the speed of a server is not known here", where="budget.responses", mend="set budget.responses=N"
         )
-    batch = cfg.corpus.batch_size
-    prompts, step = time_generation(cfg, cfg.corpus, precision)
-    # Answers end before they are cut, and the batch shrinks with them.
-    batch_seconds = prompts * MEAN_PROMPT_TOKENS + step * cfg.corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
-    batches = int(cfg.budget.corpus_minutes * 60 / (batch_seconds * _GENERATION_OVERHEAD))
-    return max(1, batches) * batch
+
+    def batch_seconds(precision: str) -> float:
+        prompts, step = time_generation(cfg, corpus, precision)
+        # Answers end before they are cut, and the batch shrinks with them.
+        return prompts * MEAN_PROMPT_TOKENS + step * corpus.max_new_tokens * _MEAN_RESPONSE_SHARE
+
+    seconds, precision = min((batch_seconds(precision), precision) for precision in precisions)
+    batches = int(cfg.budget.corpus_minutes * 60 / (seconds * _GENERATION_OVERHEAD))
+    return precision, max(1, batches) * corpus.batch_size
 
 
 def time_generation(cfg: RunConfig, corpus: LocalResponses, precision: str) -> tuple[float, float]:

@@ -96,6 +96,25 @@ def test_generation_is_timed_as_the_corpus_is_written(tiny_place: Workplace) -> 
     assert 0.0 < prompts < step < 10.0, "a token of a prompt costs less than a step of its own"
 
 
+def test_the_corpus_is_written_in_the_arithmetic_that_generates_fastest(
+    measured: list[DeviceProfile], tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = {"fp32": dict.fromkeys(WIDTHS, 0.010), "bf16": dict.fromkeys(WIDTHS, 0.012)}
+    measured.append(replace(PROFILE, passes=passes))
+    timed: list[str] = []
+
+    def generation(cfg: object, corpus: object, precision: str) -> tuple[float, float]:
+        timed.append(precision)
+        return {"fp32": (0.001, 0.010), "bf16": (0.001, 0.009)}[precision]
+
+    monkeypatch.setattr(plan, "time_generation", generation)
+    assert made(tiny_place, tmp_path / "minutes").generation_precision == "bf16"
+    assert timed == ["fp32", "bf16"]
+    # A number of responses leaves nothing to time, and so the wide passes decide.
+    assert made(tiny_place, tmp_path / "number", "budget.responses=7").generation_precision == "fp32"
+    assert timed == ["fp32", "bf16"]
+
+
 def test_a_server_needs_an_explicit_number(
     measured: list[DeviceProfile], tiny_place: Workplace, tmp_path: Path
 ) -> None:
