@@ -46,6 +46,7 @@ _BLOCK_PASSES = _ANSWER_TOKENS // 2
 # Two arithmetics further apart than this are told apart, however much the machine trembled.
 _TIE = 0.05
 _CLOSE = 1.25
+_TRAINED_IN = ("fp32", "bf16")
 # Of the free memory, for models that are timed in turns; and what one takes, in sizes of its files: weights are read
 # into fp32, laid out anew, and an arithmetic may keep two copies.
 _MEMORY_SHARE = 0.5
@@ -185,10 +186,10 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
     for group in groups:
         models = [load_target(folder, precision=name, device=device, attention=attention) for name in group]
         _time_passes(models, [seconds[name] for name in group])
-        for name, model in zip(group, models, strict=True):
-            if name in {"fp32", "bf16"} and name not in train:
-                train[name] = _time_training(model)
-        del model, models
+        del models
+    for name in _TRAINED_IN:
+        # Alone: beside other models the rows as wide as the vocabulary take up to twice as long to be allocated.
+        train[name] = _time_training(load_target(folder, precision=name, device=device, attention=attention))
     fits = {name: _lower_quartiles(by_width) for name, by_width in seconds.items()}
     passes, spread = ({name: fit[part] for name, fit in fits.items()} for part in (0, 1))
     return DeviceProfile(device_name(device), library_versions(), passes, spread, train)

@@ -29,7 +29,7 @@ from distill.features import (
 )
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, make_network
-from inference.feature_drafts._checkpoint import save_network
+from inference.feature_drafts._checkpoint import go_on_from, save_network
 from inference.model import CausalModel
 from inference.parallel import load_target
 from inference.target import config_shape
@@ -56,7 +56,7 @@ def draft_spec(context: RunContext, name: str, corpus: Artifact | None) -> Spec:
     if settings.get("path") and (digest := content_digest(Path(settings["path"]))):
         inputs["checkpoint"] = digest
         settings["path"] = ""
-    if other := _other(context, name):
+    if other := needed(cfg, name):
         # What it is made from says what it is; its settings and its target are in there.
         inputs["draft"] = draft_spec(context, other, corpus).key
     config: dict[str, Any] = {"draft": settings}
@@ -71,35 +71,70 @@ def draft_spec(context: RunContext, name: str, corpus: Artifact | None) -> Spec:
 def run_build(context: RunContext, corpus: Artifact | None) -> dict[str, Artifact]:
     """Make every configured draft, or find it; returns artifacts by draft name."""
     made: dict[str, Artifact] = {}
-    # Whatever contains another draft comes after it.
-    for name in sorted(context.cfg.draft, key=lambda name: _other(context, name) is not None):
+    # Whatever needs another draft comes after it.
+    for name in sorted(context.cfg.draft, key=lambda name: len(_chain(context.cfg, name))):
         make = partial(_make, context, name, corpus, made)
         made[name] = context.store.obtain(draft_spec(context, name, corpus), make=make)
     return {name: made[name] for name in context.cfg.draft}
 
 
-def check_contained(cfg: RunConfig) -> None:
-    """Refuse a draft that is to contain another which is not there, before anything is made for it.
+def offered(cfg: RunConfig, target_folder: Path) -> RunConfig:
+    """The run without optional drafts that are no candidates for this target, and without those that start from them.
+
+    Logs what is left out, and why.
+    """
+    out: dict[str, str] = {}
+    for name, draft in cfg.draft.items():
+        reason = draft.left_out(target_folder) if hasattr(draft, "left_out") else ""
+        if reason:
+            out[name] = reason
+    for name, draft in cfg.draft.items():
+        if getattr(draft, "start_from", "") in out:
+            out[name] = f"it starts from {draft.start_from}"
+    for name, reason in out.items():
+        logger.info("draft %s is left out: %s", name, reason)
+    kept = {name: draft for name, draft in cfg.draft.items() if name not in out}
+    return dataclasses.replace(cfg, draft=kept) if out else cfg
+
+
+def check_needed(cfg: RunConfig) -> None:
+    """Refuse a draft that needs another which is not there, before anything is made for it.
 
     Raises:
-        InputError: the other is not in the list of drafts, or contains one itself.
+        InputError: the other is not in the list of drafts, needs this one itself, or is a mixture like this one.
     """
     for name, draft in cfg.draft.items():
-        other = getattr(draft, "of", None)
-        if other is None:
+        key = "of" if getattr(draft, "of", None) else "start_from"
+        wanted = getattr(draft, key, None)
+        if not wanted:
             continue
-        where = f"draft.{name}.of"
-        if other not in cfg.draft:
-            mend = f"add it to the list, as in draft=[none,{other},{name}], or name one that is in it"
-            raise InputError(f"no draft {other!r} in the list", where=where, mend=mend)
-        if hasattr(cfg.draft[other], "of"):
+        names = wanted if isinstance(wanted, list) else [wanted]
+        other = needed(cfg, name)
+        where = f"draft.{name}.{key}"
+        if other is None:
+            mend = f"add it to the list, as in draft=[none,{names[0]},{name}], or name one that is in it"
+            raise InputError(f"no draft {' or '.join(map(repr, names))} in the list", where=where, mend=mend)
+        if hasattr(draft, "of") and hasattr(cfg.draft[other], "of"):
             raise InputError(f"{other!r} contains a draft itself", where=where, mend="name one that contains none")
+        if name in _chain(cfg, other):
+            raise InputError(f"{name!r} needs itself", where=where, mend="name a draft that does without it")
 
 
-def _other(context: RunContext, name: str) -> str | None:
-    """Name of the draft that a draft contains; None for most."""
-    other: str | None = getattr(context.cfg.draft[name], "of", None)
-    return other
+def needed(cfg: RunConfig, name: str) -> str | None:
+    """Name of the draft that a draft contains or starts from; None for most, and where none of those is in the list."""
+    draft = cfg.draft[name]
+    wanted = getattr(draft, "of", None) or getattr(draft, "start_from", None) or []
+    return next((other for other in ([wanted] if isinstance(wanted, str) else wanted) if other in cfg.draft), None)
+
+
+def _chain(cfg: RunConfig, name: str) -> list[str]:
+    """A draft, the one it needs, the one that needs, and so on, until one needs none or comes up again."""
+    chain = [name]
+    while (other := needed(cfg, chain[-1])) is not None:
+        chain.append(other)
+        if other in chain[:-1]:
+            break
+    return chain
 
 
 @dataclass(frozen=True)
@@ -114,9 +149,9 @@ class _Trainee:
 def _make(context: RunContext, name: str, corpus: Artifact | None, made: dict[str, Artifact], work: Work) -> None:
     draft = context.cfg.draft[name]
     work.metrics["kind"] = draft.kind
+    other = needed(context.cfg, name)
+    folder = made[other].path / DRAFT_FOLDER if other else None
     if not draft.trained:
-        other = _other(context, name)
-        folder = made[other].path / DRAFT_FOLDER if other else None
         draft.write(dataclasses.replace(_draft_context(context, work), other=folder))
         return
     assert corpus is not None, "a trained draft needs a corpus"
@@ -127,7 +162,7 @@ def _make(context: RunContext, name: str, corpus: Artifact | None, made: dict[st
     if any(sample.states is None for shard in shards for sample in shard):
         shards = [capture_states(target, shard) for shard in tracked(shards, "states", unit="shards")]
     if isinstance(draft, FeatureDraftConfig):
-        trainee = _feature_trainee(context, draft, target, shards, corpus, work)
+        trainee = _feature_trainee(context, draft, target, shards, corpus, work, start=folder)
     else:
         trainee = _student_trainee(context, name, target, shards, work)
     _train(context, name, trainee, work)
@@ -171,16 +206,22 @@ def _feature_trainee(
     shards: list[list[Sample]],
     corpus: Artifact,
     work: Work,
+    *,
+    start: Path | None,
 ) -> _Trainee:
-    """A network that reads the target's features, kept with the corpus or captured now."""
+    """A network that reads the target's features, kept with the corpus or captured now; new, or that of `start`."""
     cfg = context.cfg
     samples = [sample for shard in shards for sample in shard]
-    vocabulary = draft_vocabulary(samples, size=draft.vocabulary, vocab_size=target.vocab_size)
+    if start is None:
+        vocabulary = draft_vocabulary(samples, size=draft.vocabulary, vocab_size=target.vocab_size)
+        network = make_network(draft, target, vocabulary, seed=cfg.seed)
+    else:
+        network = go_on_from(start, target, draft)
+        vocabulary = network.vocabulary
     covered = covered_mass(target, samples, vocabulary)
     if vocabulary is not None:
         logger.info("%s proposes %d tokens, %.1f %% of the target's mass", draft.kind, len(vocabulary), 100 * covered)
     work.metrics["covered_mass"] = covered
-    network = make_network(draft, target, vocabulary, seed=cfg.seed)
     task = FeatureDistillation(
         network,
         target,
@@ -191,7 +232,7 @@ def _feature_trainee(
     )
 
     def save(folder: Path) -> None:
-        save_network(network, folder)
+        save_network(network, folder, target_folder=context.target_folder)
         write_spec(folder, {"kind": "feature"})
 
     return _Trainee(network, task, save)

@@ -9,6 +9,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +190,13 @@ def register(*, groups: Mapping[str, tuple[str, ...]] = PLUGINS, schemas: Mappin
         name, _, member = place.partition(":")
         store.store(group=group, name=f"base_{group}", node=getattr(importlib.import_module(name), member))
     OmegaConf.register_new_resolver("process_id", os.getpid, replace=True)
+    OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
+
+
+def _package_file(place: str) -> str:
+    """Path of what a package of ours carries, as in `distill/seeds/x`, whether or not it is there."""
+    package, _, inside = place.partition("/")
+    return str(files(package).joinpath(inside))
 
 
 def typed(cfg: DictConfig) -> RunConfig:

@@ -117,7 +117,7 @@ def _plan(cfg: RunConfig, profile: DeviceProfile) -> Plan:
     return Plan(
         device=profile.device,
         responses=responses,
-        steps={name: _steps(cfg, profile, name, train_precision, len(trained)) for name in trained},
+        steps={name: _steps(cfg, profile, name, train_precision) for name in trained},
         baseline_precision=profile.baseline_precision if fixed == "auto" else fixed,
         block_precision=profile.block_precision if fixed == "auto" else fixed,
         generation_precision=generation_precision,
@@ -182,7 +182,7 @@ def time_generation(cfg: RunConfig, corpus: LocalResponses, precision: str) -> t
     return prompts / length, step
 
 
-def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, num_trained: int) -> int:
+def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str) -> int:
     """Optimizer steps of one draft that fit its share of the training time."""
     if cfg.trainer.steps:
         return cfg.trainer.steps
@@ -197,7 +197,8 @@ def _steps(cfg: RunConfig, profile: DeviceProfile, name: str, precision: str, nu
     cost = profile.train[precision]
     conversations = draft.sequences_per_step * cfg.trainer.accumulation
     step_seconds = (cost["layer"] * token_layers + cost["head"] * head_positions) * conversations
-    seconds = cfg.budget.training_minutes * 60 / num_trained
+    share = draft.training_weight / sum(other.training_weight for other in cfg.draft.values() if other.trained)
+    seconds = cfg.budget.training_minutes * 60 * share
     overhead = draft.training_overhead * (_AUTOCAST_OVERHEAD if precision == "bf16" else 1.0)
     return max(10, int(seconds / (step_seconds * overhead)))
 

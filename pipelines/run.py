@@ -9,7 +9,7 @@ from typing import TypeVar
 from inference.errors import InputError
 from inference.statistics import BASELINE, find_card
 from pipelines.artifacts import Artifact, Spec
-from pipelines.build import check_contained, draft_spec, run_build
+from pipelines.build import check_needed, draft_spec, offered, run_build
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import corpus_spec, run_corpus
@@ -50,7 +50,7 @@ def run(cfg: RunConfig, stage: str) -> float:
         "publish": _publish,
         "load": _load,
     }
-    check_contained(cfg)
+    check_needed(cfg)
     if stage == "load":
         check_load_draft(cfg)
     if stage in ("all", "score"):
@@ -59,6 +59,8 @@ def run(cfg: RunConfig, stage: str) -> float:
         check_temperature(cfg.select, scored=cfg.score.temperatures)
     # Held from the start, so that a second run on the same registry learns of it at once and not after its own work.
     with registry_lock(cfg.paths.registry) if stage in ("all", "publish") else nullcontext():
+        cfg = offered(cfg, cfg.target.folder(cfg.paths.cache))
+        check_needed(cfg)
         context = RunContext.open(cfg)
         for line in context.plan.lines():
             logger.info("%s", line)

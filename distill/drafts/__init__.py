@@ -69,6 +69,8 @@ class TrainedConfig:
     trained = True
     lr = 0.0
     """Peak learning rate in place of the optimizer's own; 0 keeps that."""
+    training_weight = 1.0
+    """Part of the time for training, by that of the other trained drafts."""
     training_overhead = 1.8
     """Time of a step over that of its products: attention, losses, evaluation. From runs on two CPUs."""
 

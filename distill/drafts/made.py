@@ -7,6 +7,7 @@ from pathlib import Path
 from distill.drafts import DraftContext
 from inference.drafters import DRAFT_FILE, read_draft_spec
 from inference.errors import InputError
+from inference.feature_drafts._checkpoint import misfit
 
 
 @dataclass(kw_only=True)
@@ -16,12 +17,22 @@ class Config:
     Attributes:
         kind: this kind.
         path: folder that holds `draft.json`, or the folder of an artifact or pair with such a `draft` folder in it.
+        optional: leave it out, and whatever needs it, where it is not there or was made for another kind of target.
     """
 
     kind: str = "made"
     path: str = ""
+    optional: bool = False
 
     trained = False
+
+    def left_out(self, target_folder: Path) -> str:
+        """Why an optional draft is no candidate for a target; empty when it is one."""
+        if not self.optional:
+            return ""
+        if not self.path or not (self._folder() / DRAFT_FILE).is_file():
+            return "it is not there"
+        return misfit(self._folder(), target_folder)
 
     def write(self, context: DraftContext) -> None:
         """Copy the draft; whether it fits the target shows when it is loaded.
@@ -31,8 +42,12 @@ class Config:
         """
         if not self.path:
             raise InputError("which draft?", where="draft.made.path", mend="set it to a folder with draft.json")
-        folder = Path(self.path)
-        if not (folder / DRAFT_FILE).is_file() and (folder / "draft" / DRAFT_FILE).is_file():
-            folder = folder / "draft"
+        folder = self._folder()
         read_draft_spec(folder)
         shutil.copytree(folder, context.folder, dirs_exist_ok=True)
+
+    def _folder(self) -> Path:
+        """The folder that should hold `draft.json`."""
+        folder = Path(self.path)
+        inner = folder / "draft"
+        return inner if not (folder / DRAFT_FILE).is_file() and (inner / DRAFT_FILE).is_file() else folder

@@ -1,7 +1,8 @@
 """Look-up in front of another draft of the same run; see `inference.drafters.mixed`. Nothing is trained for it."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from distill.drafts import DraftContext, write_spec
 from inference.drafters.lookup import LookupSettings
@@ -14,14 +15,14 @@ class Config:
 
     Attributes:
         kind: this kind.
-        of: name of the other draft, which must be in the list of drafts too.
+        of: names of other drafts; the first that is in the list of drafts is the one. A single name may stand alone.
         longest: longest suffix looked up, in tokens.
         shortest: shortest suffix looked up, in tokens.
         draft_tokens: longest block of the other draft, in tokens; 0 for as long as those of look-up.
     """
 
     kind: str = "mixed"
-    of: str = "eagle3"
+    of: Any = field(default_factory=lambda: ["eagle3"])
     longest: int = 4
     shortest: int = 2
     draft_tokens: int = 0
@@ -29,6 +30,9 @@ class Config:
     trained = False
 
     def __post_init__(self) -> None:
+        self.of = [self.of] if isinstance(self.of, str) else self.of
+        if not isinstance(self.of, list) or not self.of or not all(isinstance(name, str) for name in self.of):
+            raise ValueError(f"draft.mixed.of is {self.of}; name a draft, or several as in [dspark,eagle3]")
         LookupSettings(longest=self.longest, shortest=self.shortest)
         if self.draft_tokens < 0:
             raise ValueError(f"draft.mixed.draft_tokens is {self.draft_tokens}; use 0 or more")

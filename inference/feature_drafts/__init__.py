@@ -18,6 +18,19 @@ from inference.features import EMBEDDING, check_taps, default_taps
 from inference.model import CausalModel
 
 INITS = ("target", "random")
+TRAINING = (
+    "lr",
+    "sequences_per_step",
+    "anchors",
+    "row_tokens",
+    "max_tokens",
+    "chunk_tokens",
+    "position_decay",
+    "prompt_share",
+    "start_from",
+    "training_weight",
+)
+"""Settings that say how a draft is trained; the others say what it is."""
 # Projecting a context token, in layers: m * D numbers to D, and the keys and values of each layer.
 _CONTEXT_WORK = 0.5
 
@@ -42,6 +55,9 @@ class FeatureDraftConfig:
         position_decay: slot k (from 0) weighs exp(-k / position_decay); 0 weighs all alike.
         prompt_share: share of a conversation's anchors that are drawn from its prompts, where the target's distribution
             is known too; 0 learns from responses alone.
+        start_from: name of a draft of this kind in the list of drafts, from whose weights training goes on; what the
+            network is, down to its vocabulary, is then that draft's. Empty to start anew.
+        training_weight: part of the time for training, by that of the other trained drafts.
     """
 
     kind: str
@@ -58,6 +74,8 @@ class FeatureDraftConfig:
     chunk_tokens: int = 0
     position_decay: float = 4.0
     prompt_share: float = 0.0
+    start_from: str = ""
+    training_weight: float = 1.0
 
     trained = True
     num_taps = 5
@@ -73,6 +91,8 @@ class FeatureDraftConfig:
         for name in ("vocabulary", "lr", "chunk_tokens", "position_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"draft.{self.kind}.{name} is {getattr(self, name)}; use 0 or more")
+        if not self.training_weight > 0:
+            raise ValueError(f"draft.{self.kind}.training_weight is {self.training_weight}; use more than 0")
         if not 0 <= self.prompt_share < 1:
             raise ValueError(f"draft.{self.kind}.prompt_share is {self.prompt_share}; use 0 up to, but not, 1")
         if self.init not in INITS:

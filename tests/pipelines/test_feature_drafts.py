@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_module
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from distill.corpus import Sample, read_shards
 from distill.features import FeatureShards, capture_features
@@ -23,6 +23,11 @@ from inference.decoder import Request, decode
 from inference.device_profile import WIDTHS, DeviceProfile
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
+from inference.feature_drafts import make_network
+from inference.feature_drafts._checkpoint import go_on_from, save_network
+from inference.feature_drafts._layers import DraftShape
+from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_drafts.medusa import Config as Medusa
 from inference.loading import load_causal_model
 from inference.lookahead.fixed import FixedLookahead
 from inference.pair import load_pair
@@ -273,13 +278,27 @@ def test_a_draft_behind_look_up_is_made_after_the_other_and_published_whole(
     ("words", "message"),
     [
         (
-            ["draft=[none,mixed]"],
+            ["draft=[none,mixed]", "draft.mixed.of=eagle3"],
             "no draft 'eagle3' in the list [draft.mixed.of]: add it to the list, as in draft=[none,eagle3,mixed], "
             "or name one that is in it",
         ),
         (
             ["draft=[none,lookup,mixed]", "draft.mixed.of=mixed"],
             "'mixed' contains a draft itself [draft.mixed.of]: name one that contains none",
+        ),
+        (
+            ["draft=[none,mixed]", "draft.mixed.of=[tuned,dspark]"],
+            "no draft 'tuned' or 'dspark' in the list [draft.mixed.of]: add it to the list, as in "
+            "draft=[none,tuned,mixed], or name one that is in it",
+        ),
+        (
+            ["draft=[none,tuned]"],
+            "no draft 'seed' in the list [draft.tuned.start_from]: add it to the list, as in draft=[none,seed,tuned], "
+            "or name one that is in it",
+        ),
+        (
+            ["draft=[none,tuned]", "draft.tuned.start_from=tuned"],
+            "'tuned' needs itself [draft.tuned.start_from]: name a draft that does without it",
         ),
     ],
 )
@@ -291,6 +310,77 @@ def test_a_draft_that_is_to_contain_one_that_is_not_there_is_refused(
     text, code = run(place.words(*words, stage=stage))
     assert (code, text.splitlines()[-1]) == (2, f"dspark: {message}")
     assert not place.artifacts.exists(), "found out before anything is made"
+
+
+def test_training_goes_on_from_a_draft_that_was_made_before(
+    tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny_place.again(tmp_path / "first")
+    words = [*small("eagle3"), "corpus.taps=[0,1,2]", "decode.max_new_tokens=10", "budget.score_prompts=1"]
+    text, code = run(first.words(*words, stage="corpus"))
+    assert code == 0, text
+    text, code = run(first.words(*words, stage="build"))
+    assert code == 0, text
+    [made] = [a for a in first.complete("draft") if read(a / "draft" / "draft.json")["kind"] == "feature"]
+    place = tiny_place.again(tmp_path / "second")
+    monkeypatch.setattr(select, "decide", winning("mixed"))
+    words = ["draft=[none,mixed,tuned,seed]", "draft.tuned.anchors=4", f"draft.seed.path={made}"]
+    more = ("corpus.taps=[0,1,2]", "lookahead.tokens=3", "decode.max_new_tokens=10", "budget.score_prompts=1")
+    text, code = run(place.words(*words, *more))
+    assert code == 0, text
+    assert "left out" not in text
+    before, trained = load_file(made / "draft" / "model.safetensors"), None
+    for folder in place.complete("draft"):
+        if read(folder / "manifest.json")["config"]["draft"].get("start_from") == "seed":
+            trained = load_file(folder / "draft" / "model.safetensors")
+            settings = read(folder / "draft" / "config.json")["settings"]
+    assert trained is not None and trained.keys() == before.keys()
+    assert settings["vocabulary"] == read(made / "draft" / "config.json")["settings"]["vocabulary"]
+    assert (settings["anchors"], settings["lr"]) == (4, 0.0005), "how it is trained is said anew"
+    assert torch.equal(trained["d2t"], before["d2t"]) and torch.equal(
+        trained["lm_head.weight"], before["lm_head.weight"]
+    )
+    moved = [name for name, tensor in trained.items() if not torch.equal(tensor, before[name])]
+    assert moved, "it was trained"
+    far = max(float((trained[name].float() - before[name].float()).abs().max()) for name in moved)
+    assert far < 0.05, "and started where the other had ended"
+    assert_writes_as_the_target_alone(place, "mixed", kind="mixed")
+
+
+@pytest.mark.parametrize("why", ["not there", "another shape", "other tokens"])
+def test_an_optional_draft_that_is_no_candidate_is_left_out_with_what_starts_from_it(
+    tiny_place: Workplace, tmp_path: Path, why: str
+) -> None:
+    place = tiny_place.again(tmp_path / "place")
+    folder = tmp_path / "made"
+    folder.mkdir()
+    reasons = {
+        "not there": "it is not there",
+        "another shape": "it was made for a target of another shape",
+        "other tokens": "it was made for a target with other tokens",
+    }
+    if why != "not there":
+        (folder / "draft.json").write_text('{"kind": "feature"}', encoding="utf-8")
+        shape = dataclasses.asdict(DraftShape.of(AutoConfig.from_pretrained(place.root / "target")))
+        shape |= {"hidden": 8} if why == "another shape" else {}
+        text = {"shape": shape, "vocabulary_sha256": "0" * 64}
+        (folder / "config.json").write_text(json.dumps(text), encoding="utf-8")
+    words = [w.replace("draft=[none,eagle3]", "draft=[none,tuned,eagle3,mixed,seed]") for w in small("eagle3")]
+    more = (f"draft.seed.path={folder}", "corpus.taps=[0,1,2]", "budget.score_prompts=1", "decode.max_new_tokens=10")
+    text, code = run(place.words(*words, *more))
+    assert code == 0, text
+    assert f"draft seed is left out: {reasons[why]}" in text
+    assert "draft tuned is left out: it starts from seed" in text
+    kinds = sorted(read(a / "draft" / "draft.json")["kind"] for a in place.complete("draft"))
+    assert kinds == ["feature", "mixed", "none"], "look-up is mixed with the next of its list"
+
+
+def test_a_draft_of_another_kind_is_no_start(tiny_place: Workplace, tmp_path: Path) -> None:
+    target = load_causal_model(tiny_place.root / "target", precision="fp32", device=torch.device("cpu"))
+    network = make_network(Medusa(layers=1, block=2), target, None, seed=0)
+    save_network(network, tmp_path / "medusa")
+    with pytest.raises(InputError, match="training of eagle3 cannot start from a draft of kind medusa"):
+        go_on_from(tmp_path / "medusa", target, Eagle3(start_from="seed"))
 
 
 def assert_writes_as_the_target_alone(place: Workplace, name: str, *, kind: str = "feature") -> None:
