@@ -78,7 +78,7 @@ class BetterSource:
     Attributes:
         source: "margin" where its mean log loss is surely the smaller one, else "confidence".
         observations: verdicts for which both chances exist.
-        confidence_loss: mean log loss of the calibrated confidences, in nats.
+        confidence_loss: mean log loss of the confidences, calibrated where that helps, in nats.
         margin_loss: mean log loss of the margin estimator, in nats.
         difference: confidence_loss - margin_loss, above 0 where the margin predicts better.
     """
@@ -103,6 +103,18 @@ class CalibrationReport:
     calibration: Calibration
     positions: tuple[PositionReport, ...]
     source: BetterSource
+
+    @property
+    def used(self) -> Calibration | None:
+        """The calibration, where it brings the chances nearer to what happened, else None."""
+        return self.calibration if _helps(self.positions) else None
+
+
+def _helps(positions: Sequence[PositionReport]) -> bool:
+    """Whether calibrated chances are nearer to what happened, over all positions by how often they were proposed: few
+    prompts may fit what the others do not do."""
+    judged = [at for at in positions if math.isfinite(at.error_before.value + at.error_after.value)]
+    return sum(at.proposed * (at.error_before.value - at.error_after.value) for at in judged) > 0.0
 
 
 def auc(scores: Array, labels: Array | Mask) -> float:
@@ -183,10 +195,12 @@ def report(
             after=tuple(reliability(after[own, k], survived[own], bins)),
         )
 
+    positions = tuple(of_position(k) for k in range(table.proposed.shape[1]))
+    used = calibration if _helps(positions) else Calibration()
     return CalibrationReport(
         calibration=calibration,
-        positions=tuple(of_position(k) for k in range(table.proposed.shape[1])),
-        source=better_source(calibration, estimator, rounds_for_test, seed=seed, resamples=resamples),
+        positions=positions,
+        source=better_source(used, estimator, rounds_for_test, seed=seed, resamples=resamples),
     )
 
 

@@ -1,7 +1,8 @@
 """Calibrate the chances a policy goes by, on validation prompts: fitted on half of them, judged on the other half.
 
-Decodes with whole blocks, so that every position gets verdicts. The fit that was judged is the one that is used; if
-margins predict better than the draft's own confidence, chances come from them.
+Decodes with whole blocks, so that every position gets verdicts. The fit that was judged is the one that is used, where
+it was judged better than the confidences as they are; if margins predict better than the draft's own confidence,
+chances come from them.
 """
 
 import logging
@@ -71,19 +72,25 @@ def calibrate(
     found = report(*halves, seed=seed)
     curves = _curves(halves[0], len(found.positions))
     source = found.source.source if curves else "confidence"
-    chances = Chances(source, found.calibration, curves)
+    chances = Chances(source, found.used, curves)
     _write(arm.name, found, chances, folder)
     first = found.positions[0]
     logger.info(
-        "calibration %s: error of the first position %.3f, calibrated %.3f; AUC %.2f, of margins %.2f; goes by the %s",
+        "calibration %s: error of the first position %.3f, calibrated %.3f; AUC %.2f, of margins %.2f; goes by %s",
         arm.name,
         first.error_before.value,
         first.error_after.value,
         first.auc.value,
         first.margin_auc.value,
-        source,
+        _goes_by(chances),
     )
     return chances
+
+
+def _goes_by(chances: Chances) -> str:
+    if chances.source == "margin":
+        return "the margins"
+    return "the calibrated confidence" if chances.calibration else "the confidence as it is"
 
 
 def _halves(prompts: Sequence[ScorePrompt]) -> tuple[list[ScorePrompt], list[ScorePrompt]]:
@@ -136,6 +143,7 @@ def calibration_markdown(name: str, found: CalibrationReport, chances: Chances) 
         "The margins predict better, and are used."
         if chances.source == "margin"
         else "The draft's own confidence is used: the margins are not surely better."
+        + ("" if chances.calibration else " As it is: calibrated, it was judged no nearer to what happened.")
     )
     return (
         f"# Calibration of {name}\n\nFitted on half of the validation prompts, judged on the other half; intervals are "

@@ -179,9 +179,14 @@ class Plan:
                 where="target",
                 mend="decode one request at a time",
             )
-        rows = query[0].index_select(1, self.padded.flatten()).unflatten(1, (blocks, widest)).transpose(0, 1)
-        mixed, _ = grouped_attention(module, rows, key, value, attention_mask, **options)
-        return mixed.flatten(0, 1).index_select(0, self.flat)[None], None
+        # Blocks of one width, as those of target-only decoding, are padded as they lie.
+        even = blocks * widest == query.shape[2]
+        rows = query[0] if even else query[0].index_select(1, self.padded.flatten())
+        mixed, _ = grouped_attention(
+            module, rows.unflatten(1, (blocks, widest)).transpose(0, 1), key, value, attention_mask, **options
+        )
+        flat = mixed.flatten(0, 1)
+        return (flat if even else flat.index_select(0, self.flat))[None], None
 
     def mask(self, mask_function: Callable[..., Tensor], **options: Any) -> Tensor:
         """`[M, 1, W, L]`: what a family's mask function says of each request's own positions, siblings put right.

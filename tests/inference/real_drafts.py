@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+import distill
 from distill.drafts import DraftContext
 from distill.drafts.pruned import Config as PrunedConfig
 from distill.drafts.quantized import Config as QuantizedConfig
@@ -31,6 +32,8 @@ FEATURE_CONFIGS: dict[str, FeatureDraftConfig] = {
     "eagle3": Eagle3(block=4, vocabulary=VOCABULARY),
     "medusa": Medusa(block=4, vocabulary=0),
 }
+SEED = Path(distill.__file__).parent / "seeds" / "smollm2-135m" / "draft"
+"""The trained draft that comes with dspark, right more often than not."""
 KINDS = ("lookup", "pruned", "pretrained", "quantized", *FEATURE_CONFIGS, "mixed")
 
 
@@ -43,6 +46,8 @@ def real_drafter(kind: str, shared: Path) -> Drafter:
 def _loaded(kind: str, shared: Path) -> Drafter:
     if kind == "lookup":
         return LookupDrafter(LookupSettings())
+    if kind == "seed":
+        return load_drafter(LoadContext(SEED, target_folder(), fp32_target(), "fp16_packed", CPU))
     folder = shared / f"draft-{kind}"
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():

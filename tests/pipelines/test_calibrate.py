@@ -4,10 +4,12 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from inference import calibration, reliability
 from inference.drafters import Drafter
 from inference.drafters.lookup import LookupDrafter, LookupSettings
 from inference.drafters.model import ModelDrafter
@@ -59,6 +61,22 @@ def test_what_was_measured_is_written_down_and_used(model_drafter: ModelDrafter,
     page = (tmp_path / "calibration-draft.md").read_text()
     assert "| position | proposed | verdicts |" in page and "Mean log loss over" in page
     assert (tmp_path / "calibration-draft.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibration_that_was_judged_worse_is_not_used(
+    model_drafter: ModelDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = calibration.fit_calibration
+
+    def spoilt(rounds: list[calibration.CalibrationRound], **options: Any) -> calibration.Calibration:
+        return calibration.Calibration(tuple(0.1 * t for t in fitted(rounds, **options).temperatures))
+
+    monkeypatch.setattr(reliability, "fit_calibration", spoilt)
+    with caplog.at_level(logging.INFO, logger="pipelines.calibrate"):
+        chances = _calibrated(model_drafter, tmp_path)
+    assert (chances.source, chances.calibration) == ("confidence", None), "margins are compared with what is used"
+    assert "goes by the confidence as it is" in caplog.text
+    assert "calibrated, it was judged no nearer to what happened" in (tmp_path / "calibration-draft.md").read_text()
 
 
 def test_the_same_prompts_give_the_same_chances(model_drafter: ModelDrafter, tmp_path: Path) -> None:
