@@ -15,34 +15,31 @@ Not data parallel: what has gradients runs on the leader alone. So does whatever
 own, such as the check of a published pair, which needs the whole target on one device.
 """
 
-import copy
 import functools
 import gc
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import distributed_c10d
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from inference import processes
-from inference.attention import current_override, current_siblings, masked_siblings, use_grouped_attention
+from inference.attention import current_override, current_siblings, masked_siblings
 from inference.batch.cache import SlotCache
 from inference.batch.ragged import Plan, ragged_logits
 from inference.cache import RollbackCache
 from inference.errors import InputError
-from inference.loading import check_finite, check_model_folder, load_causal_model, load_pretrained
+from inference.loading import check_model_folder, load_causal_model
+from inference.mirrored import Journal, MirroredCache, MirroredSlots
 from inference.model import CausalModel, OutputHead
 from inference.precision import is_packed
+from inference.sharded import bare, gathered, load_part, settled
 
 _FED = {
     "input_ids",
@@ -54,7 +51,6 @@ _FED = {
     "return_dict",
 }
 _EDITS = {"rollback", "move", "batch_select_indices", "join", "leave"}
-Result = TypeVar("Result")
 
 
 def run(program: Callable[[], int]) -> int:
@@ -95,7 +91,7 @@ def load_target(folder: Path, *, precision: str, device: torch.device, attention
     number = next(ledger.numbers)
     wanted = {"folder": str(folder.resolve()), "precision": precision, "attention": attention}
     group.announce({"do": "load", "number": number, "dropped": ledger.take_dropped(), **wanted})
-    model = _load_part(group, folder, precision=precision, attention=attention)
+    model = load_part(group, folder, precision=precision, attention=attention)
     target = ParallelModel(model, ledger=ledger, number=number, folder=folder, precision=precision)
     weakref.finalize(target, ledger.dropped.append, number)
     return target
@@ -138,82 +134,6 @@ def check_spread(folder: Path, *, precision: str, device: torch.device, size: in
         )
 
 
-class _Journal:
-    """What was done to a cache since its last pass, in the form of an announcement."""
-
-    def __init__(self, number: int, *, slots: list[int] | None = None) -> None:
-        self.number, self._slots = number, slots
-        self._edits: list[list[Any]] = []
-
-    def note(self, name: str, *given: Any) -> None:
-        self._edits.append([name, *given])
-
-    def take(self) -> dict[str, Any]:
-        edits, self._edits = self._edits, []
-        return {"number": self.number, "slots": self._slots, "edits": edits}
-
-
-class MirroredCache(RollbackCache):
-    """This process's heads of a cache whose other heads lie in other processes."""
-
-    def __init__(self, num_layers: int, journal: _Journal, *, size: int) -> None:
-        super().__init__(num_layers)
-        self.journal, self._size = journal, size
-
-    def rollback(self, length: int) -> None:
-        """See `RollbackCache.rollback`."""
-        super().rollback(length)
-        self.journal.note("rollback", length)
-
-    def move(self, source: int, destination: int) -> None:
-        """See `RollbackCache.move`."""
-        super().move(source, destination)
-        self.journal.note("move", source, destination)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """See `RollbackCache.batch_select_indices`."""
-        super().batch_select_indices(indices)
-        self.journal.note("batch_select_indices", indices.tolist())
-
-    def nbytes(self) -> int:
-        """Bytes held by all buffers of all processes."""
-        return self._size * super().nbytes()
-
-
-class MirroredSlots(SlotCache):
-    """This process's heads of a slot cache whose other heads lie in other processes."""
-
-    def __init__(self, num_layers: int, journal: _Journal, *, size: int, max_slots: int, max_tokens: int) -> None:
-        super().__init__(num_layers, max_slots=max_slots, max_tokens=max_tokens)
-        self.journal, self._size = journal, size
-
-    def join(self) -> int:
-        """See `SlotCache.join`."""
-        slot = super().join()
-        self.journal.note("join")
-        return slot
-
-    def leave(self, slot: int) -> int | None:
-        """See `SlotCache.leave`."""
-        moved = super().leave(slot)
-        self.journal.note("leave", slot)
-        return moved
-
-    def rollback(self, lengths: Sequence[int]) -> None:
-        """See `SlotCache.rollback`."""
-        super().rollback(lengths)
-        self.journal.note("rollback", [*lengths])
-
-    def move(self, slots: Sequence[int], sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """See `SlotCache.move`."""
-        super().move(slots, sources, destinations)
-        self.journal.note("move", [*slots], [*sources], [*destinations])
-
-    def nbytes(self) -> int:
-        """Bytes held by all buffers of all processes."""
-        return self._size * super().nbytes()
-
-
 class _Ledger:
     """Numbers of what the leader has made and let go, models and caches alike."""
 
@@ -249,7 +169,7 @@ class ParallelModel(CausalModel):
     def new_cache(self) -> RollbackCache:
         """See `CausalModel.new_cache`."""
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        journal = _Journal(next(self._ledger.numbers))
+        journal = Journal(next(self._ledger.numbers))
         cache = MirroredCache(layers, journal, size=self._ledger.group.size)
         weakref.finalize(cache, self._ledger.dropped.append, journal.number)
         return cache
@@ -257,7 +177,7 @@ class ParallelModel(CausalModel):
     def new_slots(self, *, max_slots: int, max_tokens: int) -> SlotCache:
         """See `CausalModel.new_slots`."""
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        journal = _Journal(next(self._ledger.numbers), slots=[max_slots, max_tokens])
+        journal = Journal(next(self._ledger.numbers), slots=[max_slots, max_tokens])
         size = self._ledger.group.size
         cache = MirroredSlots(layers, journal, size=size, max_slots=max_slots, max_tokens=max_tokens)
         weakref.finalize(cache, self._ledger.dropped.append, journal.number)
@@ -277,7 +197,7 @@ class ParallelModel(CausalModel):
             linear = self.model.get_output_embeddings()
             tied = linear.weight is self.model.get_input_embeddings().weight and linear.bias is None
             if tied:
-                whole = _bare(linear, {"weight": self.embedding.get_parameter("weight")})
+                whole = bare(linear, {"weight": self.embedding.get_parameter("weight")})
             else:
                 whole = self.whole(linear)
             self._whole_head = OutputHead(self.model, linear=whole)
@@ -289,7 +209,7 @@ class ParallelModel(CausalModel):
         group = self._ledger.group
         group.announce({"do": "gather", "number": self._number, "module": name, "dropped": self._ledger.take_dropped()})
         with group.together():
-            return _bare(module, _gathered(module))
+            return bare(module, gathered(module))
 
     def nbytes(self) -> int:
         """Bytes of weights, in all processes together; what all of them hold is counted once."""
@@ -314,7 +234,7 @@ class _Announcer:
             message = self._message(part, named)
             with self._pass():
                 self._ledger.group.announce(message)
-                return _settled(forward(**named))
+                return settled(forward(**named))
 
         vars(module)["forward"] = announced
 
@@ -378,13 +298,13 @@ class _Follower:
     def _do(self, message: dict[str, Any]) -> None:
         if message["do"] == "load":
             part = {name: message[name] for name in ("precision", "attention")}
-            loaded = _load_part(self.group, Path(message["folder"]), **part)
+            loaded = load_part(self.group, Path(message["folder"]), **part)
             self.models[message["number"]] = CausalModel(loaded, precision=message["precision"])
             return
         model = self.models[message["number"]]
         with self.group.together(), torch.inference_mode():
             if message["do"] == "gather":
-                _gathered(model.model.get_submodule(message["module"]))
+                gathered(model.model.get_submodule(message["module"]))
             else:
                 _feed(model, self._mirror(model, message["cache"]), message)
 
@@ -425,93 +345,6 @@ def _feed(model: CausalModel, cache: RollbackCache | SlotCache | None, message: 
     module = model.model if message["part"] == "model" else model.model.base_model
     with masked_siblings(message["siblings"]):
         module(past_key_values=cache, **fed)
-
-
-def _load_part(group: processes.Group, folder: Path, *, precision: str, attention: str) -> PreTrainedModel:
-    """This process's part of a target.
-
-    Raises:
-        InputError: this process cannot load its part, or another one cannot.
-    """
-
-    def load() -> PreTrainedModel:
-        spread = DistributedConfig(tp_plan="auto", tp_size=group.size)
-        model = load_pretrained(folder, precision=precision, attention=attention, distributed_config=spread)
-        check_finite(model, where=str(folder))
-        use_grouped_attention(model)
-        _limit_waits(model)
-        return model
-
-    # Loading begins with a meeting, at which a process without the folder would be waited for in vain.
-    _agreed(group, lambda: check_model_folder(folder))
-    return _agreed(group, load)
-
-
-def _agreed(group: processes.Group, work: Callable[[], Result]) -> Result:
-    """What this process's share of some work gives, unless one of the processes refuses its own.
-
-    Raises:
-        InputError: this process refuses, or another one.
-    """
-    refusal, result = "", []
-    try:
-        with group.together():
-            result.append(work())
-    except InputError as error:
-        refusal = str(error)
-    for rank, said in enumerate(group.lines(refusal)):
-        if said:
-            raise InputError(said if rank == group.rank else f"process {rank} cannot load its part: {said}")
-    return result[0]
-
-
-def _limit_waits(model: nn.Module) -> None:
-    """Let no process wait for another within a pass for longer than `processes.PATIENCE`."""
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor):
-            distributed_c10d._set_pg_timeout(processes.PATIENCE, parameter.device_mesh.get_group())
-            return
-
-
-def _gathered(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's whole parameters by name; a collective operation."""
-    with torch.no_grad():
-        return {
-            name: _waited(parameter.full_tensor()) if isinstance(parameter, DTensor) else parameter
-            for name, parameter in module.named_parameters()
-        }
-
-
-def _bare(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str = "") -> nn.Module:
-    """A copy of a sharded module that computes by itself, from whole parameters; buffers are shared."""
-    bare = copy.copy(module)
-    parts = vars(bare)
-    parts.pop("forward", None)  # transformers hangs the plan's communication there
-    parts["_parameters"] = {
-        name: None if owned is None else nn.Parameter(tensors[prefix + name], requires_grad=False)
-        for name, owned in module._parameters.items()
-    }
-    parts["_modules"] = {
-        name: None if child is None else _bare(child, tensors, f"{prefix}{name}.")
-        for name, child in module._modules.items()
-    }
-    return bare
-
-
-def _settled(output: Any) -> Any:
-    """A model's output with plain tensors: what is still on its way from other processes is waited for."""
-    for name, value in output.items():
-        if isinstance(value, torch.Tensor):
-            output[name] = _waited(value)
-    return output
-
-
-def _waited(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    if isinstance(tensor, AsyncCollectiveTensor):
-        tensor = tensor.wait()
-    return tensor
 
 
 def _plain(value: Any) -> Any:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from inference.batch.engine import BatchEngine, Handle, Outcome
+from inference.batch.timing import Clock, PassTimer, clocked, timed_passes
 from inference.decoder import Request
-from inference.model import CausalModel
 from inference.randomness import TorchSource
 from inference.records import Mismatch, tokens_digest
 
 CLOSED, POISSON, BATCH = "closed", "poisson", "batch"
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,47 +187,6 @@ class LoadRun:
             for one in trace["served"]
         ]
         return cls(**{**data, "point": Point(**data["point"]), "trace": Trace(**{**trace, "served": served})})
-
-
-@dataclass
-class PassTimer:
-    """Seconds inside a model's passes, and their number."""
-
-    seconds: float = 0.0
-    passes: int = 0
-
-
-@contextmanager
-def timed_passes(model: CausalModel, *, clock: Clock = time.perf_counter) -> Iterator[PassTimer]:
-    """Time every pass of a model inside the block, whoever makes it; waits for an accelerator at both ends."""
-    timer, began = PassTimer(), [0.0]
-    now = clocked(model.device, clock)
-
-    def before(*_: object) -> None:
-        began[0] = now()
-
-    def after(*_: object) -> None:
-        timer.seconds += now() - began[0]
-        timer.passes += 1
-
-    handles = [model.model.register_forward_pre_hook(before), model.model.register_forward_hook(after)]
-    try:
-        yield timer
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def clocked(device: torch.device, clock: Clock) -> Clock:
-    """The clock, read when the device has done what it was given."""
-    if device.type != "cuda":
-        return clock
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return clock()
-
-    return now
 
 
 def closed_loop(

@@ -13,7 +13,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from inference.attention import GROUPED, use_grouped_attention
-from inference.batch.load import Asked, Clock, Served, Trace, clocked, timed_passes
+from inference.batch.load import Asked, Served, Trace
+from inference.batch.timing import Clock, clocked, timed_passes
 from inference.decoder import up_to_stop
 from inference.model import CausalModel
 from inference.records import tokens_digest

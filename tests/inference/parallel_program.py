@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from inference import parallel
+from inference import sharded
 from inference.batch import BatchEngine
 from inference.cache import RollbackCache
 from inference.decoder import Request, decode
@@ -177,7 +177,7 @@ def main(name: str, folder: Path) -> int:
     if name == "not_rolled_back" and follower:
         RollbackCache.rollback = lambda self, length: None  # type: ignore[method-assign]
     if name == "elsewhere" and follower:
-        parallel.check_model_folder = lambda given: check_model_folder(given / "elsewhere")
+        sharded.check_model_folder = lambda given: check_model_folder(given / "elsewhere")
     cli._dispatch = lambda words: PROGRAMS[name](folder)  # type: ignore[assignment]
     return cli.main([])
 

@@ -25,10 +25,10 @@ from inference.batch.load import (
     closed_loop,
     poisson_arrivals,
     timed_load,
-    timed_passes,
 )
 from inference.batch.load_figures import LoadFigure, claims, foretold, load_figures
 from inference.batch.plain import plain_generate
+from inference.batch.timing import timed_passes
 from inference.decoder import Request, decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
