@@ -8,6 +8,8 @@ from inference.draft_parts import PARTS as DRAFT_PARTS
 from inference.scoring import BlockChoice
 from inference.statistics import OVERALL, Estimate, Scorecard
 
+_LINE_STYLES = ("-", "--", ":", "-.")
+
 
 def scorecard_rows(cards: list[Scorecard]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the summary: every arm, domain and temperature."""
@@ -16,7 +18,7 @@ def scorecard_rows(cards: list[Scorecard]) -> tuple[list[str], list[list[str]]]:
         [
             card.arm,
             card.domain,
-            "all" if card.temperature is None else f"{card.temperature:g}",
+            _temperature(card),
             str(card.requests),
             interval(card.tau),
             interval(card.alpha),
@@ -52,63 +54,66 @@ def scorecard_markdown(
         draft_parts: seconds of drafting a block by part, of drafts that tell; see `inference.draft_parts`.
     """
     header, rows = scorecard_rows(cards)
-    text = ["# Scorecard\n\n", "tau counts the bonus token; intervals are 95 % bootstraps over prompts.\n\n"]
-    text.append(markdown_table(header, rows))
-    positions = max((len(card.conditional) for card in cards), default=0)
     overall = [card for card in cards if card.domain == OVERALL]
-    text.append("\n## Conditional acceptance by position (all domains)\n\n")
-    text.append(
-        "Of the chain's own tokens; a block of 2+(3,1) offers three more tokens beside its first and one beside its "
-        "second.\n\n"
-    )
-    text.append(
-        markdown_table(
-            ["draft", "T", "block", *(str(k + 1) for k in range(positions))],
-            [
-                [
-                    card.arm,
-                    "all" if card.temperature is None else f"{card.temperature:g}",
-                    blocks[card.arm].shape,
-                    *(f"{e.value:.2f}" for e in card.conditional),
-                    *("-" for _ in range(positions - len(card.conditional))),
-                ]
-                for card in overall
-                if card.arm in blocks
-            ],
-        )
-    )
-    text.append("\n## Milliseconds per target pass by part (all domains; prefill per request)\n\n")
-    parts = list(overall[0].seconds) if overall else []
-    text.append(
-        markdown_table(
-            ["draft", "T", *parts, "efficiency", "mismatches"],
-            [
-                [
-                    card.arm,
-                    "all" if card.temperature is None else f"{card.temperature:g}",
-                    *(f"{1e3 * card.seconds[part]:.1f}" for part in parts),
-                    f"{card.efficiency.value:.2f}",
-                    str(card.mismatches),
-                ]
-                for card in overall
-            ],
-        )
-    )
+    sections = [
+        "# Scorecard\n\ntau counts the bonus token; intervals are 95 % bootstraps over prompts.\n\n"
+        + markdown_table(header, rows),
+        _positions_section([card for card in overall if card.arm in blocks], blocks),
+        _parts_section(overall),
+    ]
     if draft_parts:
-        text.append(
-            "\n## Milliseconds of drafting a block by part\n\nReading one verified token's features; what all slots "
-            "share; what runs once a slot; drawing the tokens.\n\n"
-        )
-        text.append(
-            markdown_table(
-                ["draft", "tokens", *DRAFT_PARTS],
-                [
-                    [name, str(blocks[name].tokens), *(f"{1e3 * parts[part]:.2f}" for part in DRAFT_PARTS)]
-                    for name, parts in draft_parts.items()
-                ],
-            )
-        )
-    return "".join(text)
+        sections.append(_drafting_section(blocks, draft_parts))
+    return "\n".join(sections)
+
+
+def _temperature(card: Scorecard) -> str:
+    return "all" if card.temperature is None else f"{card.temperature:g}"
+
+
+def _positions_section(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]) -> str:
+    positions = max((len(card.conditional) for card in cards), default=0)
+    rows = [
+        [
+            card.arm,
+            _temperature(card),
+            blocks[card.arm].shape,
+            *(f"{e.value:.2f}" for e in card.conditional),
+            *("-" for _ in range(positions - len(card.conditional))),
+        ]
+        for card in cards
+    ]
+    return (
+        "## Conditional acceptance by position (all domains)\n\nOf the chain's own tokens; a block of 2+(3,1) offers "
+        "three more tokens beside its first and one beside its second.\n\n"
+        + markdown_table(["draft", "T", "block", *(str(k + 1) for k in range(positions))], rows)
+    )
+
+
+def _parts_section(cards: list[Scorecard]) -> str:
+    parts = list(cards[0].seconds) if cards else []
+    rows = [
+        [
+            card.arm,
+            _temperature(card),
+            *(f"{1e3 * card.seconds[part]:.1f}" for part in parts),
+            f"{card.efficiency.value:.2f}",
+            str(card.mismatches),
+        ]
+        for card in cards
+    ]
+    title = "## Milliseconds per target pass by part (all domains; prefill per request)\n\n"
+    return title + markdown_table(["draft", "T", *parts, "efficiency", "mismatches"], rows)
+
+
+def _drafting_section(blocks: Mapping[str, BlockChoice], draft_parts: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [
+        [name, str(blocks[name].tokens), *(f"{1e3 * parts[part]:.2f}" for part in DRAFT_PARTS)]
+        for name, parts in draft_parts.items()
+    ]
+    return (
+        "## Milliseconds of drafting a block by part\n\nReading one verified token's features; what all slots share; "
+        "what runs once a slot; drawing the tokens.\n\n" + markdown_table(["draft", "tokens", *DRAFT_PARTS], rows)
+    )
 
 
 def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
@@ -118,7 +123,7 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4), constrained_layout=True)
     pooled = [card for card in cards if card.temperature is None]
     arms = list(dict.fromkeys(card.arm for card in pooled))
     domains = list(dict.fromkeys(card.domain for card in pooled))
@@ -138,16 +143,25 @@ def scorecard_plot(cards: list[Scorecard], path: Path) -> None:
     left.set_xticks(range(len(arms)), arms)
     left.set_ylabel("speedup over target-only decoding")
     left.legend(fontsize="small")
+    temperatures = list(dict.fromkeys(card.temperature for card in cards if card.temperature is not None))
     for card in cards:
         if card.domain == OVERALL and card.temperature is not None and card.conditional:
             values = [e.value for e in card.conditional]
-            right.plot(range(1, len(values) + 1), values, marker="o", label=f"{card.arm}, T={card.temperature:g}")
+            # A colour a draft, a line style a temperature: curves to compare are told apart however many there are.
+            right.plot(
+                range(1, len(values) + 1),
+                values,
+                marker="o",
+                color=f"C{arms.index(card.arm)}",
+                linestyle=_LINE_STYLES[temperatures.index(card.temperature) % len(_LINE_STYLES)],
+                label=f"{card.arm}, T={card.temperature:g}",
+            )
     right.set_xlabel("position in the block")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylabel("acceptance, given the earlier ones")
     right.set_ylim(0, 1)
     if right.lines:  # nothing was proposed when target-only decoding was the only arm
-        right.legend(fontsize="small")
+        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

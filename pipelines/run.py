@@ -50,6 +50,23 @@ def run(cfg: RunConfig, stage: str) -> float:
         "publish": _publish,
         "load": _load,
     }
+    _check(cfg, stage)
+    # Held from the start, so that a second run on the same registry learns of it at once and not after its own work.
+    with registry_lock(cfg.paths.registry) if stage in ("all", "publish") else nullcontext():
+        cfg = offered(cfg, cfg.target.folder(cfg.paths.cache))
+        _check(cfg, stage)  # what was left out may be what a word names
+        context = RunContext.open(cfg)
+        for line in context.plan.lines():
+            logger.info("%s", line)
+        return stages[stage](context)
+
+
+def _check(cfg: RunConfig, stage: str) -> None:
+    """Refuse what cannot be run, before anything is made for it.
+
+    Raises:
+        InputError: a word asks for what the other words do not give.
+    """
     check_needed(cfg)
     if stage == "load":
         check_load_draft(cfg)
@@ -57,14 +74,6 @@ def run(cfg: RunConfig, stage: str) -> float:
         check_baseline(cfg)
     if stage in ("all", "select"):
         check_temperature(cfg.select, scored=cfg.score.temperatures)
-    # Held from the start, so that a second run on the same registry learns of it at once and not after its own work.
-    with registry_lock(cfg.paths.registry) if stage in ("all", "publish") else nullcontext():
-        cfg = offered(cfg, cfg.target.folder(cfg.paths.cache))
-        check_needed(cfg)
-        context = RunContext.open(cfg)
-        for line in context.plan.lines():
-            logger.info("%s", line)
-        return stages[stage](context)
 
 
 def _all(context: RunContext) -> float:

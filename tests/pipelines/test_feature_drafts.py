@@ -373,6 +373,8 @@ def test_an_optional_draft_that_is_no_candidate_is_left_out_with_what_starts_fro
     assert "draft tuned is left out: it starts from seed" in text
     kinds = sorted(read(a / "draft" / "draft.json")["kind"] for a in place.complete("draft"))
     assert kinds == ["feature", "mixed", "none"], "look-up is mixed with the next of its list"
+    text, code = run(place.words(*words, *more, "load.draft=tuned", stage="load"))
+    assert (code, text.splitlines()[-1].split(":")[1]) == (2, " no draft 'tuned' in the list [load.draft]")
 
 
 def test_a_draft_of_another_kind_is_no_start(tiny_place: Workplace, tmp_path: Path) -> None:
