@@ -9,6 +9,7 @@
 
 import json
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from inference.precision import available_precisions
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import TargetConfig, stop_tokens, target_digest
+from inference.traffic import TrafficLog, as_messages, pair_label, record_from
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +72,14 @@ class Pair:
         target: the model whose output is kept.
         drafter: proposes tokens.
         lookahead: how many.
+        target_digest: of the target that decodes; another than the pair's own where that was allowed.
     """
 
     info: dict[str, Any]
     target: CausalModel
     drafter: Drafter
     lookahead: Lookahead
+    target_digest: str
 
     def prompt_tokens(self, prompt: str | list[dict[str, str]]) -> torch.Tensor:
         """Token ids of a user's message, or of a list of messages, through the chat template; int64 `[T]`.
@@ -83,7 +87,7 @@ class Pair:
         Raises:
             InputError: the target's tokenizer has no chat template.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = as_messages(prompt)
         tokenizer = self.target.tokenizer
         if tokenizer.chat_template is None:
             raise InputError(
@@ -106,6 +110,9 @@ class Pair:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
+        traffic: TrafficLog | None = None,
+        domain: str = "",
+        request_id: str | None = None,
     ) -> Generated:
         """Answer losslessly: the output is the target's own.
 
@@ -118,6 +125,9 @@ class Pair:
             repetition_penalty: likewise.
             seed: fixes a sampled answer.
             on_text: called with every new piece of text, for streaming.
+            traffic: log that the request is added to.
+            domain: of the prompt, for that log; "" where unknown.
+            request_id: unique, for that log; None makes one up.
 
         Raises:
             InputError: no chat template, or the prompt does not fit the context.
@@ -137,7 +147,21 @@ class Pair:
             on_tokens=stream.add if on_text is not None else None,
         )
         stream.finish()
-        return Generated(str(self.target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)), decoded)
+        answer = Generated(str(self.target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)), decoded)
+        if traffic is not None:
+            record = record_from(
+                decoded,
+                request_id=request_id or uuid.uuid4().hex,
+                pair=pair_label(self.info),
+                target=self.target_digest,
+                arm=str(self.info["draft"].get("name") or self.info["draft"]["kind"]),
+                domain=domain,
+                temperature=temperature,
+                prompt=prompt,
+                response=answer.text,
+            )
+            traffic.append(record)
+        return answer
 
 
 class _TextStream:
@@ -198,7 +222,12 @@ def read_pair(folder: Path) -> dict[str, Any]:
 
 
 def load_pair(
-    folder: str | Path, *, target: str | None = None, device: str = "auto", cache: Path = DEFAULT_CACHE
+    folder: str | Path,
+    *,
+    target: str | None = None,
+    device: str = "auto",
+    cache: Path = DEFAULT_CACHE,
+    other_target: bool = False,
 ) -> Pair:
     """Load a published pair from its files alone.
 
@@ -207,9 +236,11 @@ def load_pair(
         target: where the target is here, when it is not where the pair was made: a folder or an id.
         device: see `inference.target.TargetConfig`.
         cache: where converted models are kept.
+        other_target: take a target with other weights than the one the pair was made for: output is then that target's
+            own, as lossless as ever, and only acceptance suffers, until the pair is re-aligned.
 
     Raises:
-        InputError: the folder holds no pair, or the target is not the one the pair was made for.
+        InputError: the folder holds no pair, the target is not the one the pair was made for, or the draft does not fit.
     """
     folder = Path(folder)
     info = read_pair(folder)
@@ -217,11 +248,13 @@ def load_pair(
     config = TargetConfig(path=target or reference["path"], revision=reference["revision"], device=device)
     target_folder = config.folder(Path(cache).expanduser())
     digest = target_digest(target_folder)
-    if digest != reference["digest"]:
+    if digest != reference["digest"] and other_target:
+        logger.warning("the target is not the one this pair was made for: lossless all the same, but slower")
+    elif digest != reference["digest"]:
         raise InputError(
             f"this target has digest {digest[:12]}, the pair was made for {reference['digest'][:12]}",
             where=str(target_folder),
-            mend="use the target of the pair, or build a new pair",
+            mend="use the target of the pair, re-align it (dspark realign), or allow another one",
         )
     decoding = info["decoding"]
     torch_device = config.torch_device()
@@ -233,7 +266,7 @@ def load_pair(
     lookahead = load_lookahead(
         decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)
     )
-    return Pair(info, model, drafter, lookahead)
+    return Pair(info, model, drafter, lookahead, digest)
 
 
 def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured | None] = lambda: None) -> Lookahead:

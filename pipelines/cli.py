@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from inference.errors import InputError, ProcessLost
 
-DONE, FAILED, BAD_INPUT, BUSY, STOPPED = 0, 1, 2, 4, 130
-"""Exit codes; 3 belongs to re-alignment that kept the champion."""
+DONE, FAILED, BAD_INPUT, KEPT, BUSY, STOPPED = 0, 1, 2, 3, 4, 130
+"""Exit codes."""
 
 COMMANDS = {
     "all": "the five stages below, in order (the default)",
@@ -27,8 +27,15 @@ COMMANDS = {
     "select": "choose the best pair",
     "publish": "put the chosen pair into the registry",
     "load": "measure throughput and latency of many requests at once; not part of all",
+    "drift": "look at the traffic log: has the published pair drifted, and why",
+    "realign": "one cycle of re-alignment: notice, retrain, promote only what is faster; for a timer",
+    "rollback": "make the champion before this one champion again",
+    "traffic": "show a traffic log, or import an engine's metrics into one: dspark traffic --help",
     "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
 }
+
+OWN_WORDS = {"generate": "pipelines.generate", "traffic": "pipelines.traffic_import"}
+"""Commands with options of their own -> module whose `main` reads them."""
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 OPTIONAL_VALUE = ("--info", "-i")
@@ -45,6 +52,7 @@ HELP = """dspark: build, measure and publish the draft that makes a language mod
 
 usage: dspark [stage] [group=choice] [key=value] ... [-m]
        dspark generate --pair FOLDER "prompt" [--temperature T] [--max-new-tokens N]
+       dspark traffic show|import ...
 
 stages
 {stages}
@@ -55,13 +63,14 @@ examples
   dspark target.path=HuggingFaceTB/SmolLM2-360M-Instruct
   dspark build draft=[lookup,pruned] draft.pruned.layers=6
   dspark -m build draft=none,lookup,pruned            one run for each
+  dspark realign target.path=/models/retrained drift.log=/var/log/dspark
   dspark --cfg job                                    show the whole configuration
   dspark score --info defaults-tree                   show where it comes from
 
 groups and their choices (several at once: draft=[a,b])
 {groups}
 
-exit codes: 0 done, 1 failed, 2 bad input, 4 another run holds the registry
+exit codes: 0 done, 1 failed, 2 bad input, 3 re-alignment kept the champion, 4 another run holds the registry
 more: --hydra-help, --version
 """
 
@@ -110,8 +119,8 @@ def _run(words: list[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if words[:1] == ["generate"]:
-        code: int = importlib.import_module("pipelines.generate").main(words[1:])
+    if words[:1] and words[0] in OWN_WORDS:
+        code: int = importlib.import_module(OWN_WORDS[words[0]]).main(words[1:])
         return code
     if {"-h", "--help"} & set(words):
         sys.stdout.write(help_text())
@@ -184,7 +193,7 @@ def _stage(word: str) -> str:
     """The stage a bare word names."""
     from pipelines.composition import nearest
 
-    if word not in COMMANDS or word == "generate":
+    if word not in COMMANDS or word in OWN_WORDS:
         raise InputError(f"unknown stage {word!r}", mend=f"{nearest(word, COMMANDS)} stages are {', '.join(COMMANDS)}")
     return word
 
@@ -239,7 +248,7 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
     from omegaconf.errors import OmegaConfBaseException
 
     from pipelines.composition import explain
-    from pipelines.errors import StageFailed
+    from pipelines.errors import ChampionKept, StageFailed
     from pipelines.files import write_error
     from pipelines.locks import RegistryBusy
     from train.errors import TrainingError
@@ -248,6 +257,8 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
         return Ending(BUSY, str(error))
     if isinstance(error, (InputError, TrainingError)):
         return Ending(BAD_INPUT, str(error))
+    if isinstance(error, ChampionKept):
+        return Ending(KEPT, str(error))
     if isinstance(error, (StageFailed, ProcessLost)):
         return Ending(FAILED, str(error))
     if isinstance(error, (HydraException, OmegaConfBaseException)):

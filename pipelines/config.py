@@ -23,16 +23,22 @@ from inference.plugins import plugins
 if TYPE_CHECKING:
     from inference.sampling import DecodeConfig
     from inference.target import TargetConfig
+    from pipelines.drift.config import DriftConfig
     from pipelines.load import LoadConfig
     from pipelines.publish import PublishConfig
+    from pipelines.realign.config import RealignConfig
     from pipelines.score import ScoreConfig
     from pipelines.select import SelectConfig
     from train.loop import TrainerConfig
 else:  # Hydra takes any node here (the group's own schema checks it), and reading this file must not import torch
-    DecodeConfig = LoadConfig = PublishConfig = ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
+    DecodeConfig = DriftConfig = LoadConfig = PublishConfig = RealignConfig = Any
+    ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
 
-STAGES = ("corpus", "build", "score", "select", "publish", "load")
-"""The stages in their order; "all" runs them all but `load`, which takes long and decides nothing."""
+STAGES = ("corpus", "build", "score", "select", "publish")
+"""The stages of a run, in the order in which "all" runs them."""
+
+EXTRA = ("load", "drift", "realign", "rollback")
+"""What is run by name alone: it needs a run, or a published pair, that is there."""
 
 PLUGINS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("distill.prompts",),
@@ -53,6 +59,8 @@ SCHEMAS: Mapping[str, str] = {
     "select": "pipelines.select:SelectConfig",
     "load": "pipelines.load:LoadConfig",
     "publish": "pipelines.publish:PublishConfig",
+    "drift": "pipelines.drift.config:DriftConfig",
+    "realign": "pipelines.realign.config:RealignConfig",
 }
 """Group with a single schema -> where its dataclass is."""
 
@@ -122,11 +130,13 @@ class RunConfig:
         select: limits and tie rules.
         load: which loads are put on the batch engine.
         publish: name and contents of the published pair.
+        drift: what counts as drift, and where traffic is logged.
+        realign: what a re-alignment may spend, and when it promotes.
         tracker: where training curves go.
         budget: minutes, or explicit numbers.
         paths: where things are kept.
         seed: seed of everything random, at least 0.
-        stage: one of `STAGES`, or "all".
+        stage: one of `STAGES` or `EXTRA`, or "all".
     """
 
     target: TargetConfig = MISSING
@@ -142,6 +152,8 @@ class RunConfig:
     select: SelectConfig = MISSING
     load: LoadConfig = MISSING
     publish: PublishConfig = MISSING
+    drift: DriftConfig = MISSING
+    realign: RealignConfig = MISSING
     tracker: Any = MISSING
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -149,8 +161,8 @@ class RunConfig:
     stage: str = "all"
 
     def __post_init__(self) -> None:
-        if self.stage not in ("all", *STAGES):
-            raise ValueError(f"stage must be all or one of {', '.join(STAGES)}, got {self.stage!r}")
+        if self.stage not in ("all", *STAGES, *EXTRA):
+            raise ValueError(f"stage must be all or one of {', '.join((*STAGES, *EXTRA))}, got {self.stage!r}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         for group in NAMED:

@@ -26,7 +26,9 @@ def holder(note: Path) -> str:
     """Who holds the lock, in words, from the note its holder left beside it."""
     try:
         who = json.loads(note.read_text(encoding="utf-8"))
-        return f"process {who['pid']} on {who['host']} since {who['since']}"
+        age = datetime.now(UTC) - datetime.fromisoformat(who["since"])
+        minutes = int(age.total_seconds() // 60)
+        return f"process {who['pid']} on {who['host']} since {who['since']} ({minutes} min)"
     except (OSError, ValueError, KeyError, TypeError):
         return "a run that has only just started"
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from inference.errors import InputError
 from inference.pair import PAIR_FILE, SCHEMA_VERSION, read_pair
 from inference.statistics import BASELINE, Scorecard, find_card
 from pipelines import provenance
-from pipelines.artifacts import Artifact
+from pipelines.artifacts import MANIFEST, Artifact
 from pipelines.build import DRAFT_FOLDER
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
+from pipelines.drift.fingerprints import fingerprints
 from pipelines.errors import StageFailed
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
 from pipelines.registry import CHAMPION, move_alias, next_version, versions
@@ -37,6 +38,8 @@ from pipelines.verify import CHECKS_FILE, Check
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "MODEL_CARD.md"
+GOLDEN_FILE = "golden.json"
+"""Scored greedy prompts with what the pair made of them: replayed when acceptance falls, to tell why."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -72,10 +75,18 @@ class Lineage:
     draft: Artifact
     score: Artifact
     select: Artifact
+    training: dict[str, Any] = field(default_factory=dict)
+    """What the draft's training took, where that is not the draft artifact's own to say."""
 
 
 def run_publish(
-    context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], score: Artifact, select: Artifact
+    context: RunContext,
+    corpus: Artifact,
+    drafts: dict[str, Artifact],
+    score: Artifact,
+    select: Artifact,
+    *,
+    training: dict[str, Any] | None = None,
 ) -> Path:
     """Publish the decision's pair and make it champion, or find it published already; returns the version folder.
 
@@ -87,7 +98,7 @@ def run_publish(
     """
     cfg = context.cfg
     decision = read_decision(select)
-    lineage = Lineage(corpus, drafts[decision.winner], score, select)
+    lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {})
     root = cfg.paths.registry
     version = _published(root, cfg.publish.name, select.digest)
     if version is None:
@@ -125,6 +136,7 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
             shutil.copyfile(lineage.score.path / file, aside / file)
         cards = read_scorecards(lineage.score.path)
         write_json(aside / CHECKS_FILE, [asdict(check) for check in _checks(context, decision, lineage)])
+        write_json(aside / GOLDEN_FILE, _golden(decision, lineage))
         write_json(aside / PAIR_FILE, _pair_info(context, decision, lineage, cards, version, aside))
         write_text(aside / CARD_FILE, _model_card(context, decision, cards, version))
         fsync_tree(aside)
@@ -181,6 +193,39 @@ def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[C
     ]
 
 
+def _golden(decision: Decision, lineage: Lineage) -> list[dict[str, Any]]:
+    """The winner's greedy requests: prompt, domain, tokens emitted and target passes."""
+    prompts = {row.prompt.id: row.prompt for row in read_prompts(lineage.corpus.path)}
+    return [
+        {
+            "prompt_id": r.prompt_id,
+            "domain": r.domain,
+            "system": prompts[r.prompt_id].system,
+            "user": prompts[r.prompt_id].turns[0],
+            "emitted": r.emitted,
+            "passes": r.passes,
+        }
+        for r in read_records(lineage.score.path / RECORDS_FILE)
+        if r.arm == decision.winner and r.temperature == 0.0
+    ]
+
+
+def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]:
+    """What the draft's training took, as far as that is known: steps, tokens, seconds.
+
+    A draft that was made elsewhere brings it in the manifest beside its folder, or in the pair it comes from.
+    """
+    found: dict[str, Any] = {key: draft.metrics[key] for key in ("steps", "tokens", "seconds") if key in draft.metrics}
+    made = getattr(context.cfg.draft[name], "path", "") if not found else ""
+    for folder in (Path(made), Path(made).parent) if made else ():
+        if (folder / MANIFEST).is_file():
+            metrics = read_json(folder / MANIFEST).get("metrics", {})
+            found = {key: metrics[key] for key in ("steps", "tokens", "seconds") if key in metrics}
+        elif (folder / PAIR_FILE).is_file():
+            found = read_pair(folder).get("training", {})
+    return found
+
+
 def _pair_info(
     context: RunContext, decision: Decision, lineage: Lineage, cards: list[Scorecard], version: str, folder: Path
 ) -> dict[str, Any]:
@@ -201,6 +246,7 @@ def _pair_info(
             "revision": cfg.target.revision,
             "digest": context.target_digest,
             "attention": cfg.target.attention,
+            "fingerprints": fingerprints(context.target_folder),
         },
         "draft": {
             "name": winner,
@@ -213,6 +259,7 @@ def _pair_info(
             "measured": data["measured"].get(winner),
         },
         "decision": asdict(decision),
+        "training": lineage.training or _training(context, lineage.draft, winner),
         "scorecard": [card.to_dict() for card in cards if card.arm == winner],
         "cost_profile": {
             "device": plan.device,

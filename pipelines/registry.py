@@ -11,6 +11,7 @@ from pipelines.files import fsync_path, write_text, writing
 
 CHAMPION = "champion"
 EVENTS_FILE = "events.jsonl"
+ROLLED_BACK = "rolled back"
 _VERSION = re.compile(r"v(\d+)")
 
 
@@ -73,3 +74,32 @@ def move_alias(root: Path, name: str, alias: str, version: str, *, reason: str) 
             }
             # The whole log anew, by rename: a kill leaves no torn line behind.
             write_text(root / EVENTS_FILE, "".join(json.dumps(e) + "\n" for e in [*events, event]))
+
+
+def roll_back(root: Path, name: str) -> str:
+    """Make the champion before the present one champion again; returns its version. The registry lock is held.
+
+    Twice in a row goes two steps back: what was rolled back from is passed over.
+
+    Raises:
+        InputError: there was no champion before, or its folder is gone.
+    """
+    present = alias_target(root, name, CHAMPION)
+    before = _earlier_champions(root, name)
+    if present is None or not before:
+        raise InputError("no champion before this one", where=str(root / name), mend="publish a pair first: dspark")
+    move_alias(root, name, CHAMPION, before[-1], reason=f"{ROLLED_BACK} from {present}")
+    return before[-1]
+
+
+def _earlier_champions(root: Path, name: str) -> list[str]:
+    """Versions that were champion before the present one, oldest first, without those that were rolled back from."""
+    stack: list[str] = []
+    for event in read_events(root):
+        if (event["pair"], event["alias"]) != (name, CHAMPION) or event["to"] is None:
+            continue
+        if str(event["reason"]).startswith(ROLLED_BACK) and len(stack) > 1:
+            stack.pop()
+        else:
+            stack.append(event["to"])
+    return stack[:-1]

@@ -4,19 +4,24 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 from inference.errors import InputError
 from inference.statistics import BASELINE, find_card
+from inference.target import target_digest
 from pipelines.artifacts import Artifact, Spec
 from pipelines.build import check_needed, draft_spec, offered, run_build
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import corpus_spec, run_corpus
+from pipelines.drift.report import run_drift
 from pipelines.load import LOAD_PLOT_FILE, LOAD_TABLE_FILE, check_load_draft, run_load
 from pipelines.locks import registry_lock
 from pipelines.publish import run_publish, summary
-from pipelines.registry import CHAMPION
+from pipelines.realign.cycle import FOLDER as REALIGN_FOLDER
+from pipelines.realign.stage import champion_folder, run_realign
+from pipelines.registry import CHAMPION, roll_back
 from pipelines.score import PLOT_FILE, TABLE_FILE, check_baseline, read_scorecards, run_score, score_spec
 from pipelines.select import Decision, check_temperature, read_decision, run_select, select_spec
 
@@ -30,17 +35,22 @@ def run(cfg: RunConfig, stage: str) -> float:
 
     Args:
         cfg: typed configuration.
-        stage: `all`, or one of `pipelines.config.STAGES`.
+        stage: `all`, or one of `pipelines.config.STAGES` and `EXTRA`.
 
     Returns:
         The stage's objective, for sweepers to maximise: response tokens (corpus), mean held-out acceptance of the
         trained drafts (build), measured speedup of the best draft (score), of the chosen one (select, publish, all),
-        mean throughput under load over target-only decoding (load).
+        mean throughput under load over target-only decoding (load), alarms (drift), speed over the champion before
+        (realign, rollback: 1).
 
     Raises:
         InputError: bad input, or an earlier stage has not been run.
         RegistryBusy: another run holds the registry.
+        ChampionKept: a re-alignment ran and did not promote.
     """
+    if stage in _ON_PAIRS:
+        with nullcontext() if stage == "drift" else registry_lock(cfg.paths.registry):
+            return _ON_PAIRS[stage](cfg)
     stages: dict[str, Callable[[RunContext], float]] = {
         "all": _all,
         "corpus": _corpus,
@@ -59,6 +69,24 @@ def run(cfg: RunConfig, stage: str) -> float:
         for line in context.plan.lines():
             logger.info("%s", line)
         return stages[stage](context)
+
+
+def _drift(cfg: RunConfig) -> float:
+    folder = champion_folder(cfg)
+    target = cfg.target.folder(cfg.paths.cache)
+    out = folder.parent / REALIGN_FOLDER / "drift"
+    report = run_drift(folder, target, target_digest(target), Path(cfg.drift.log), out, cfg.drift)
+    return float(len(report.alarms))
+
+
+def _rollback(cfg: RunConfig) -> float:
+    version = roll_back(cfg.paths.registry, cfg.publish.name)
+    logger.info("champion    %s again", cfg.paths.registry / cfg.publish.name / version)
+    return 1.0
+
+
+_ON_PAIRS: dict[str, Callable[[RunConfig], float]] = {"drift": _drift, "realign": run_realign, "rollback": _rollback}
+"""What works on a published pair instead of a run's artifacts."""
 
 
 def _check(cfg: RunConfig, stage: str) -> None:

@@ -152,22 +152,22 @@ def read_records(path: Path) -> list[Record]:
 
 def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], work: Work) -> None:
     cfg = context.cfg
-    arms = _load_arms(context, drafts)
+    arms = load_arms(context, drafts)
     prompts = score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
     stops = stop_tokens(arms[BASELINE].target)
     plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
     measured = plan.measured(context)
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
-    _warm_up(context, arms, prompts["validation"][0], stops)
+    warm_up(context, arms, prompts["validation"][0], stops)
     by_id = {prompt.id: prompt for prompt in prompts["heldout"]}
     _measure(context, arms, [by_id[i] for i in plan.prompts], plan, stops, work.folder / RECORDS_FILE)
     records = read_records(work.folder / RECORDS_FILE)
     cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
     check_scorecards(cards)
-    _write_results(work, cards, plan, context, arms)
+    write_results(work, cards, plan, context, arms)
 
 
-def _load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
+def load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
     """One arm per draft; the baseline in its own best arithmetic, all others sharing one target."""
     cfg, plan = context.cfg, context.plan
     targets: dict[str, CausalModel] = {}
@@ -215,7 +215,7 @@ def score_prompts(rows: list[SplitPrompt], target: CausalModel, max_tokens: int)
     return found
 
 
-def _warm_up(context: RunContext, arms: dict[str, Arm], prompt: ScorePrompt, stops: frozenset[int]) -> None:
+def warm_up(context: RunContext, arms: dict[str, Arm], prompt: ScorePrompt, stops: frozenset[int]) -> None:
     """Run every arm once, so that nothing is measured cold."""
     for temperature in context.cfg.score.temperatures:
         score_prompt(
@@ -323,7 +323,7 @@ def check_scorecards(cards: list[Scorecard]) -> None:
             )
 
 
-def _write_results(
+def write_results(
     work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext, arms: dict[str, Arm]
 ) -> None:
     """Scorecard as data, table and picture; the summary goes into the manifest."""

@@ -1,7 +1,8 @@
 """Prompts from your own file: one JSON object a line with `messages`, `conversations` (ShareGPT style) or `prompt`.
 
-Not a reader of answers: assistant turns are dropped, user turns and the system message are kept. Example line:
-`{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}`. An `id` in the object names the prompt.
+Not a reader of answers: assistant turns are dropped, user turns and the system message are kept. An example:
+`{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}`. An `id` names the prompt, a `domain`
+says what it is about where that is not the same for the whole file.
 """
 
 import json
@@ -23,7 +24,11 @@ class Config(SourceConfig):
     """The file: one JSON object a line, UTF-8."""
 
     def read(self, context: SourceContext) -> list[Prompt]:
-        """Read every line.
+        """Read every line; raises as `prompts` does."""
+        return self.prompts()
+
+    def prompts(self) -> list[Prompt]:
+        """Every line's prompt.
 
         Raises:
             InputError: no such file, no prompt in it, or a malformed line (the message names the line).
@@ -38,7 +43,8 @@ class Config(SourceConfig):
             record = _record(line, where=where)
             system, turns = record_turns(record, where=where)
             name = f"line-{number}" if record.get("id") is None else str(record["id"])
-            prompts.append(Prompt(name, self.domain, self.kind, turns, system=system, heldout=self.heldout))
+            domain = str(record.get("domain") or self.domain)
+            prompts.append(Prompt(name, domain, self.kind, turns, system=system, heldout=self.heldout))
         if not prompts:
             raise InputError("the file holds no prompts", where=self.path, mend="put one JSON object on each line")
         return prompts

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from inference.errors import InputError
-from pipelines.registry import CHAMPION, alias_target, move_alias, next_version, read_events, versions
+from pipelines.registry import CHAMPION, alias_target, move_alias, next_version, read_events, roll_back, versions
 
 
 def version(root: Path, name: str) -> None:
@@ -73,3 +73,25 @@ def test_an_alias_needs_a_version(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no version v7 \[.*pair\]: choose one that is there"):
         move_alias(tmp_path, "pair", CHAMPION, "v7", reason="")
     assert moves(tmp_path) == [] and alias_target(tmp_path, "pair", CHAMPION) is None
+
+
+def test_rolling_back_makes_the_champion_before_champion_again(tmp_path: Path) -> None:
+    for version in ("v1", "v2", "v3"):
+        (tmp_path / "pair" / version).mkdir(parents=True)
+        move_alias(tmp_path, "pair", CHAMPION, version, reason="better")
+    assert roll_back(tmp_path, "pair") == "v2"
+    assert alias_target(tmp_path, "pair", CHAMPION) == "v2"
+    assert roll_back(tmp_path, "pair") == "v1"
+    with pytest.raises(InputError, match="no champion before this one"):
+        roll_back(tmp_path, "pair")
+    assert [event["to"] for event in read_events(tmp_path)] == ["v1", "v2", "v3", "v2", "v1"]
+
+
+def test_a_version_rolled_back_from_is_not_rolled_back_to(tmp_path: Path) -> None:
+    for version in ("v1", "v2", "v3"):
+        (tmp_path / "pair" / version).mkdir(parents=True)
+    move_alias(tmp_path, "pair", CHAMPION, "v1", reason="first")
+    move_alias(tmp_path, "pair", CHAMPION, "v2", reason="better")
+    roll_back(tmp_path, "pair")
+    move_alias(tmp_path, "pair", CHAMPION, "v3", reason="better")
+    assert roll_back(tmp_path, "pair") == "v1"

@@ -1,0 +1,1 @@
+"""Drift of published pairs: what has changed, and since when."""
