@@ -2,11 +2,11 @@
 
 A gambler starts with 1 and bets on every number that the null is wrong; while the null holds no strategy that fixes its
 bets beforehand gains on average, so the chance that the wealth ever reaches 1 / alpha is at most alpha (Ville). Numbers
-may depend on earlier ones, as long as their mean given those respects the null (Waudby-Smith and Ramdas 2024, "Estimating
-means of bounded random variables by betting", section 4).
+may depend on earlier ones, as long as their mean given those respects the null (Waudby-Smith and Ramdas 2024,
+"Estimating means of bounded random variables by betting", section 4).
 
-The wealth here is the mean of that of gamblers who each always stake the same share: a mixture is itself a strategy, needs
-no tuning, and grows within log(number of gamblers) of the best of them.
+The wealth here is the mean of that of gamblers who each always stake the same share: a mixture is itself a strategy,
+needs no tuning, and grows within log(number of gamblers) of the best of them.
 """
 
 import math

@@ -240,7 +240,7 @@ def load_pair(
             own, as lossless as ever, and only acceptance suffers, until the pair is re-aligned.
 
     Raises:
-        InputError: the folder holds no pair, the target is not the one the pair was made for, or the draft does not fit.
+        InputError: the folder holds no pair, the target is not the one it was made for, or the draft does not fit.
     """
     folder = Path(folder)
     info = read_pair(folder)

@@ -548,7 +548,8 @@ def staleness_plot(points: Sequence[Point], path: Path) -> None:
             panel.plot(steps, [e.value for e in found], style, marker="o", ms=4, color=_COLORS[domain], label=label)
             if temperature == 0.0:
                 ends = [(e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in found]
-                panel.fill_between(steps, *zip(*ends, strict=True), color=_COLORS[domain], alpha=0.15, linewidth=0)
+                low, high = zip(*ends, strict=True)
+                panel.fill_between(steps, low, high, color=_COLORS[domain], alpha=0.15, linewidth=0)
     panel.set_xlabel(f"fine-tuning steps of the target on {DOMAIN}")
     panel.set_ylabel("tau of the unchanged draft")
     panel.legend(fontsize="small")

@@ -197,9 +197,14 @@ class BatchEngine:
         return len(self._running)
 
     @property
+    def num_held(self) -> int:
+        """Requests in slots, and those that wait for one."""
+        return len(self._running) + len(self._waiting)
+
+    @property
     def cache_tokens(self) -> int:
         """Positions that the running requests may come to need; never above `max_cache_tokens`."""
-        return self._needed([self._room(running.handle) for running in self._running])
+        return self._needed([self.room(running.handle) for running in self._running])
 
     def submit(
         self,
@@ -216,18 +221,27 @@ class BatchEngine:
             InputError: a prompt without tokens, too long, or of more cache than there will ever be.
             QueueFull: `max_waiting` requests wait already.
         """
-        check_prompt_length(prompt.shape[0], self.target.context_limit)
         handle = Handle(prompt, request, generator, deadline, on_tokens)
-        if self._needed([self._room(handle)]) > self.max_cache_tokens:
+        self.take(handle)
+        return handle
+
+    def take(self, handle: Handle) -> None:
+        """Take a request that waits elsewhere; raises as `submit` does."""
+        check_prompt_length(handle.prompt.shape[0], self.target.context_limit)
+        if self._needed([self.room(handle)]) > self.max_cache_tokens:
             raise InputError(
-                f"the request needs {self._room(handle)} cache positions, there are {self.max_cache_tokens}",
+                f"the request needs {self.room(handle)} cache positions, there are {self.max_cache_tokens}",
                 where="prompt",
                 mend="shorten it, ask for fewer tokens, or raise max_cache_tokens",
             )
         if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests are waiting")
         self._waiting.append(handle)
-        return handle
+
+    def cache_tokens_with(self, *handles: Handle) -> int:
+        """Positions that its requests, waiting ones too, and these may come to need."""
+        held = [*(running.handle for running in self._running), *self._waiting, *handles]
+        return self._needed([self.room(one) for one in held])
 
     def cancel(self, handle: Handle) -> None:
         """Give a request up; what it has emitted stays. Nothing happens to one that has ended."""
@@ -314,7 +328,7 @@ class BatchEngine:
         admitted: list[int] = []
         while self._waiting and len(self._running) < self.max_requests:
             handle = self._waiting[0]
-            rooms = [*(self._room(running.handle) for running in self._running), self._room(handle)]
+            rooms = [*(self.room(running.handle) for running in self._running), self.room(handle)]
             if self._needed(rooms) > self.max_cache_tokens:
                 break
             self._waiting.popleft()
@@ -355,7 +369,7 @@ class BatchEngine:
     def _budget(self, handle: Handle) -> int:
         return min(handle.request.max_new_tokens, self.target.context_limit - handle.prompt.shape[0])
 
-    def _room(self, handle: Handle) -> int:
+    def room(self, handle: Handle) -> int:
         """Positions a request may come to need: prompt, answer, and the block that is verified at its end."""
         return handle.prompt.shape[0] + self._budget(handle) + self._block
 

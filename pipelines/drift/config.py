@@ -20,7 +20,7 @@ class DriftConfig:
     tolerance: float = 0.01
     threshold: float = 10_000.0
     lambdas: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 3.0])
-    mix_threshold: float = 10_000.0
+    mix_threshold: float = 1_000_000.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
