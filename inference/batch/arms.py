@@ -6,8 +6,8 @@ bound on requests and cache. Whatever the arm, a request's tokens are those it w
 
 An arm that loses to the first one, the control, by more than its margin is turned off: its share goes to the control,
 and what runs ends where it runs. That is judged by betting (`inference.betting`), so it may be looked at after every
-request: the i-th request of an arm against the i-th of the control in the order of arrival, which the hash makes
-exchangeable.
+request: every request of an arm against the latest of the control's that has not met one, so that both are of the same
+time and a traffic that moves favours neither. The reward sees tokens a pass and not the seconds that drafting takes.
 
     engine = ArmEngine(target, [ArmSpec("v1", old, policy, 0.9), ArmSpec("v2", new, policy, 0.1)], max_requests=8)
     handle = engine.submit(prompt, request, request_id="r1", generator=TorchSource.seeded(0))
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Of the latest requests; more would make every look at the figures slower and their interval hardly narrower.
 _KEPT = 2000
+# Requests of one side that wait for one of the other; older ones are of another time.
+_UNPAIRED = 32
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ArmFigures:
     Attributes:
         name: of the arm.
         domain: of the requests; "" for all.
-        requests: that have ended with tokens.
+        requests: that have ended with tokens, the latest 2,000 at most.
         emitted: tokens.
         passes: target passes.
         reward: mean over requests of 1 - passes / tokens.
@@ -106,6 +108,28 @@ class ArmFigures:
         return self.emitted / self.passes if self.passes else 1.0
 
 
+class _Pairs:
+    """Rewards of an arm and of the control, paired as they come: each with the latest of the other side that waits."""
+
+    def __init__(self) -> None:
+        self._mine: deque[float] = deque(maxlen=_UNPAIRED)
+        self._control: deque[float] = deque(maxlen=_UNPAIRED)
+
+    def mine(self, reward: float) -> float | None:
+        """Take in one of the arm's; returns its reward less the control's where one waited."""
+        if self._control:
+            return reward - self._control.pop()
+        self._mine.append(reward)
+        return None
+
+    def control(self, reward: float) -> float | None:
+        """Take in one of the control's; returns the arm's less its reward where one waited."""
+        if self._mine:
+            return self._mine.pop() - reward
+        self._control.append(reward)
+        return None
+
+
 @dataclass
 class _Arm:
     """An arm's engines (the present one last; earlier ones drain) and what its requests have given."""
@@ -113,18 +137,11 @@ class _Arm:
     spec: ArmSpec
     engines: list[BatchEngine]
     on: bool = True
-    given: list[Handle] = field(default_factory=list)
-    domains: list[str] = field(default_factory=list)
-    begins: tuple[int, int] = (0, 0)  # indices, of the arm's and of the control's requests, from which it is judged
-    judged: int = 0
+    given: deque[Handle] = field(default_factory=deque)
+    domains: deque[str] = field(default_factory=deque)
+    pairs: _Pairs = field(default_factory=lambda: _Pairs())
     test: BettingTest | None = None
     rewards: deque[tuple[str, float, int, int]] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    in_order: list[float] = field(default_factory=list)
-
-    @property
-    def taken(self) -> int:
-        """Requests so far, about: those that gave nothing drop out later."""
-        return len(self.in_order) + len(self.given)
 
 
 @dataclass(frozen=True)
@@ -174,9 +191,9 @@ class ArmEngine:
         self._max_cache = max_cache_tokens
         self._arms = {spec.name: _Arm(spec, [self._engine(spec)]) for spec in arms}
         self._control = names[0]
-        self.max_cache_tokens = self._arms[self._control].engines[0].max_cache_tokens
+        self.max_cache_tokens = self._bound()
         self._queue: deque[_Waiting] = deque()
-        self._taken_by: dict[int, BatchEngine] = {}  # of requests that have not been collected yet
+        self._taken_by: dict[int, tuple[Handle, BatchEngine]] = {}  # of requests that have not ended
         for name in names[1:]:
             self._arms[name].test = self._new_test()
 
@@ -233,7 +250,7 @@ class ArmEngine:
         if self.max_waiting is not None and len(self._queue) >= self.max_waiting:
             raise QueueFull(f"{len(self._queue)} requests are waiting")
         self._queue.append(_Waiting(handle, engine))
-        self._taken_by[id(handle)] = engine
+        self._taken_by[id(handle)] = (handle, engine)
         arm.given.append(handle)
         arm.domains.append(domain)
         return handle
@@ -245,7 +262,7 @@ class ArmEngine:
                 self._queue.remove(waiting)
                 handle.outcome = Outcome.CANCELLED
         if not handle.ended:
-            self._taken_by[id(handle)].cancel(handle)
+            self._taken_by[id(handle)][1].cancel(handle)
 
     def step(self) -> None:
         """Let waiting requests in, in the order of arrival, then one round of every arm that has any."""
@@ -263,7 +280,9 @@ class ArmEngine:
         for arm in self._arms.values():
             self._drain(arm)
             self._collect(arm)
-        self._judge()
+        ended = [key for key, (handle, _) in self._taken_by.items() if handle.ended]
+        for key in ended:
+            del self._taken_by[key]
 
     def swap(self, name: str, spec: ArmSpec) -> None:
         """Serve another draft under an arm's name from now on; requests taken before keep theirs to their end.
@@ -282,7 +301,8 @@ class ArmEngine:
         control = self._arms[self._control]
         for other in self._arms.values():
             if other is not control and (other is arm or arm is control):
-                other.test, other.judged, other.begins = self._new_test(), 0, (other.taken, control.taken)
+                other.test, other.pairs = self._new_test(), _Pairs()
+        self.max_cache_tokens = self._bound()
         self._drain(arm)
 
     def figures(self) -> list[ArmFigures]:
@@ -307,6 +327,10 @@ class ArmEngine:
             max_cache_tokens=self._max_cache,
             clock=self._clock,
         )
+
+    def _bound(self) -> int:
+        """Cache positions of all arms together: as configured, else what the arm with the longest blocks would have."""
+        return max(engine.max_cache_tokens for engine in self._engines())
 
     def _engines(self) -> list[BatchEngine]:
         return [engine for arm in self._arms.values() for engine in arm.engines]
@@ -334,31 +358,35 @@ class ArmEngine:
     def _collect(self, arm: _Arm) -> None:
         """Rewards of requests that have ended, in the order of arrival; a running one holds up those after it."""
         while arm.given and arm.given[0].ended:
-            handle, domain = arm.given.pop(0), arm.domains.pop(0)
-            self._taken_by.pop(id(handle), None)
+            handle, domain = arm.given.popleft(), arm.domains.popleft()
             emitted, passes = len(handle.result.tokens), handle.result.passes
             if not emitted:
                 continue
             reward = min(1.0, max(0.0, 1.0 - passes / emitted))
             arm.rewards.append((domain, reward, emitted, passes))
-            arm.in_order.append(reward)
+            self._judge(arm, reward)
 
-    def _judge(self) -> None:
-        """Bet on the i-th request of every arm against the i-th of the control."""
-        control = self._arms[self._control]
-        for arm in self._arms.values():
-            if arm.test is None or self._guard is None:
-                continue
-            own, other = arm.begins
-            while own + arm.judged < len(arm.in_order) and other + arm.judged < len(control.in_order):
-                arm.test.update(arm.in_order[own + arm.judged] - control.in_order[other + arm.judged])
-                arm.judged += 1
-            if arm.on and arm.test.rejected(self._guard.alpha):
-                arm.on = False
-                logger.warning(
-                    "arm %s is turned off: it loses to %s by more than %g (p <= %.2g)",
-                    arm.spec.name,
-                    self._control,
-                    self._guard.margin,
-                    arm.test.p_value,
-                )
+    def _judge(self, arm: _Arm, reward: float) -> None:
+        """Bet on a request's reward against one of the other side."""
+        if self._guard is None:
+            return
+        if arm is self._arms[self._control]:
+            for other in self._arms.values():
+                if other.test is not None:
+                    self._bet(other, other.pairs.control(reward))
+        elif arm.test is not None:
+            self._bet(arm, arm.pairs.mine(reward))
+
+    def _bet(self, arm: _Arm, difference: float | None) -> None:
+        if difference is None or arm.test is None or self._guard is None:
+            return
+        arm.test.update(difference)
+        if arm.on and arm.test.rejected(self._guard.alpha):
+            arm.on = False
+            logger.warning(
+                "arm %s is turned off: it loses to %s by more than %g (p <= %.2g)",
+                arm.spec.name,
+                self._control,
+                self._guard.margin,
+                arm.test.p_value,
+            )

@@ -12,6 +12,9 @@ than that sum. The first time that M reaches a threshold therefore comes after a
 
 from typing import Any
 
+# Beyond any threshold; more would overflow, and infinity times zero is no number.
+_MOST = 1e200
+
 
 class EDetector:
     """Detector of one stratum.
@@ -43,7 +46,7 @@ class EDetector:
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"{rate} is no rate between 0 and 1")
         self.evidence = [
-            max(evidence, 1.0) * max(0.0, 1.0 + bet * (self.bound - rate))
+            min(_MOST, max(evidence, 1.0) * max(0.0, 1.0 + bet * (self.bound - rate)))
             for evidence, bet in zip(self.evidence, self.lambdas, strict=True)
         ]
         self.count += 1

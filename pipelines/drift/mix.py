@@ -2,9 +2,9 @@
 
 The first `LEARN` requests give the shares. After them two forecasters bet on every request's domain: one that knows the
 requests since then alone, against one that pools them with the first. Both are Dirichlet forecasts (half a request of
-every domain added), so that shares learnt from few requests are not taken for exact: under one mix for all the evidence
-is a martingale, on average over such mixes. It begins again wherever it falls below 1, as the detectors of acceptance
-do.
+every domain added), so that shares learnt from few requests are not taken for exact: under one mix for all neither
+gains on the other, on average over such mixes. The evidence begins again wherever it falls below 1. How rare false
+alarms are is measured (docs/drift.md) and not proved.
 """
 
 import math

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _SCHEMA = 1
 # Rates kept for the picture and the interval; the detectors need none.
 _KEPT = 2000
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class State:
         mix: of domains.
         seen: ids of the requests that counted, so that none counts twice.
         others: requests of other versions or targets, by both.
+        unscored: requests of strata that the score did not have, by stratum.
     """
 
     pair: str
@@ -79,6 +82,24 @@ class State:
     mix: MixDetector = field(default_factory=MixDetector)
     seen: set[str] = field(default_factory=set)
     others: Counter[str] = field(default_factory=Counter)
+    unscored: Counter[str] = field(default_factory=Counter)
+
+
+def _t_quantile(level: float, freedom: int) -> float:
+    """Quantile of Student's t, by Hill's expansion of the normal one (Abramowitz and Stegun, 26.7.5).
+
+    Too small by less than a tenth from three degrees of freedom on at the levels used here; below, the exact ones.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (level - 0.5))
+    if freedom == 2:
+        return (2 * level - 1) * math.sqrt(2 / (4 * level * (1 - level)))
+    z = NormalDist().inv_cdf(level)
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3 + g4 / freedom**4
 
 
 def stratum_name(domain: str, temperature: float) -> str:
@@ -87,21 +108,30 @@ def stratum_name(domain: str, temperature: float) -> str:
 
 
 def references(records: Iterable[Record], arm: str) -> dict[str, float]:
-    """Mean request-level acceptance rate by stratum, less one standard error, from the records of a score.
+    """Acceptance that was surely published, by stratum: the lower end of the mean's t interval, from a score's records.
 
-    The published figure is itself measured on few prompts; what it may have been too high by must not look like drift.
+    The score has few prompts; what its mean may have been too high by must not look like drift. The level is 5 % over
+    all strata together: with that chance some reference is above the truth, and its detector alarms in the end.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for record in records:
         if record.arm == arm and any(record.proposed):
             rate = sum(record.accepted) / sum(record.proposed)
-            found.setdefault(stratum_name(record.domain, record.temperature), []).append(rate)
-    return {name: _lowered(rates) for name, rates in found.items()}
+            prompts = found.setdefault(stratum_name(record.domain, record.temperature), {})
+            prompts.setdefault(record.prompt_id, []).append(rate)
+    level = _LEVEL / max(1, len(found))
+    return {
+        name: _lower_end([sum(rates) / len(rates) for rates in prompts.values()], level=level)
+        for name, prompts in found.items()
+    }
 
 
-def _lowered(rates: list[float]) -> float:
-    error = float(np.std(rates, ddof=1)) / math.sqrt(len(rates)) if len(rates) > 1 else 0.1
-    return max(0.0, float(np.mean(rates)) - error)
+def _lower_end(rates: list[float], *, level: float) -> float:
+    """Lower end of a one-sided t interval of the mean; a single prompt says nothing, so 0."""
+    if len(rates) < 2:
+        return 0.0
+    error = float(np.std(rates, ddof=1)) / math.sqrt(len(rates))
+    return max(0.0, float(np.mean(rates)) - _t_quantile(1 - level, len(rates) - 1) * error)
 
 
 def observe(state: State, records: Iterable[TrafficRecord], published: dict[str, float], cfg: DriftConfig) -> None:
@@ -110,7 +140,7 @@ def observe(state: State, records: Iterable[TrafficRecord], published: dict[str,
     Args:
         state: changed in place.
         records: of the log, oldest first.
-        published: reference rate by stratum; a stratum that was never scored is judged against its own first requests.
+        published: reference rate by stratum; requests of a stratum that was never scored are counted, and not judged.
         cfg: bets and tolerance.
     """
     for record in records:
@@ -129,6 +159,7 @@ def observe(state: State, records: Iterable[TrafficRecord], published: dict[str,
         stratum = state.strata.get(name)
         if stratum is None:
             if name not in published:
+                state.unscored[name] += 1
                 continue
             reference = published[name]
             detector = EDetector(reference=reference, tolerance=cfg.tolerance, lambdas=cfg.lambdas)
@@ -180,6 +211,7 @@ def save(state: State, path: Path) -> None:
         "mix": state.mix.to_json(),
         "seen": sorted(state.seen),
         "others": dict(state.others),
+        "unscored": dict(state.unscored),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, data)
@@ -210,7 +242,7 @@ def load(path: Path, *, pair: str, target: str) -> State:
             for name, s in data["strata"].items()
         }
         mix = MixDetector.from_json(data["mix"])
-        return State(pair, target, strata, mix, set(data["seen"]), Counter(data["others"]))
+        return State(pair, target, strata, mix, set(data["seen"]), Counter(data["others"]), Counter(data["unscored"]))
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         aside = path.with_suffix(".unreadable")
         path.replace(aside)

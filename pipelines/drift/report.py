@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.pair import read_pair
-from inference.traffic import pair_label, read_traffic
+from inference.traffic import Traffic, pair_label, read_traffic
 from pipelines.drift.config import DriftConfig
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.drift.mix import LEARN
@@ -39,6 +39,7 @@ class DriftReport:
         mix_moved: whether that is beyond its threshold; no reason to train anything by itself.
         psi: stability index of the mix.
         others: requests of other versions or targets, which count for nothing here.
+        unscored: requests of strata that the score did not have, which cannot be judged.
         torn: lines of the log that could not be read.
     """
 
@@ -50,6 +51,7 @@ class DriftReport:
     mix_moved: bool
     psi: float
     others: dict[str, int]
+    unscored: dict[str, int]
     torn: int
 
 
@@ -62,20 +64,22 @@ def run_drift(
         pair_folder: version folder of the champion.
         target_folder: of the target there is now.
         target_digest: of it.
-        log: folder of the traffic log; one that is not there holds no requests.
+        log: folder of the traffic log.
         out: folder of the monitor.
         cfg: what counts as drift.
 
     Raises:
-        InputError: the pair cannot be read.
+        InputError: the pair cannot be read, or there is no log and nothing else to tell of.
     """
     info = read_pair(pair_folder)
     state = load(out / STATE_FILE, pair=pair_label(info), target=target_digest)
-    traffic = read_traffic(log)
+    # Known changes alarm without any log; only acceptance needs one.
+    changed = _changed(info, target_folder, target_digest)
+    traffic = read_traffic(log) if log.is_dir() or not changed else Traffic([], 0, 0, 0, 0, 0)
     published = references(read_records(pair_folder / RECORDS_FILE), info["draft"]["name"])
     observe(state, traffic.records, published, cfg)
     save(state, out / STATE_FILE)
-    found = [*_changed(info, target_folder, target_digest), *alarms(state)]
+    found = [*changed, *alarms(state)]
     report = DriftReport(
         pair=state.pair,
         target=target_digest,
@@ -85,6 +89,7 @@ def run_drift(
         mix_moved=state.mix.evidence >= cfg.mix_threshold,
         psi=state.mix.psi(),
         others=dict(state.others),
+        unscored=dict(state.unscored),
         torn=traffic.torn,
     )
     _write(report, state, out, cfg)
@@ -127,6 +132,7 @@ def _write(report: DriftReport, state: State, out: Path, cfg: DriftConfig) -> No
         *([f"- ALARM: {alarm.why}" for alarm in report.alarms] or ["- no alarm"]),
         f"- {mix}",
         *[f"- not counted: {count} requests of {who}" for who, count in report.others.items()],
+        *[f"- not judged: {count} requests of {who}: never scored" for who, count in report.unscored.items()],
         *([f"- {report.torn} lines of the log could not be read"] if report.torn else []),
         "",
         markdown_table(_HEADER, report.rows),

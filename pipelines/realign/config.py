@@ -14,15 +14,15 @@ class GateConfig:
             given up early.
         clip: paired log ratios of speed are cut to this size, so that one disturbed request cannot decide.
         min_domain_prompts: domains with fewer held-out prompts are judged together, as `other`.
-        max_prompts: most held-out prompts of a domain; undecided after them, the champion stays.
+        max_prompts: most held-out prompts; undecided after them, the champion stays.
     """
 
     alpha: float = 0.05
-    margin: float = 0.05
+    margin: float = 0.1
     useful: float = 0.01
     clip: float = 0.25
     min_domain_prompts: int = 8
-    max_prompts: int = 80
+    max_prompts: int = 160
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -63,9 +63,9 @@ class RealignConfig:
     recent: int = 4000
     heldout_share: float = 0.3
     responses: int = 512
-    replay_share: float = 0.3
+    replay_share: float = 0.5
     sequences_per_step: int = 4
-    lr_scale: float = 0.5
+    lr_scale: float = 0.2
     token_share: float = 0.25
     scratch_after: int = 2
     fresh: bool = False

@@ -2,6 +2,7 @@
 random order prompt by prompt, until the gate has decided. A killed one goes on after its last whole prompt.
 """
 
+import dataclasses
 import logging
 import math
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from distill.prompts import rank
 from inference.records import Record
 from inference.scoring import ScorePrompt, score_prompt
 from inference.statistics import find_card, scorecards, speed_ratio
@@ -73,13 +75,21 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], op
     prompts = score_prompts(read_prompts(corpus.path), first.target, cfg.score.max_prompt_tokens)
     stops = stop_tokens(first.target)
     plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
+    if opponent in plan.blocks:
+        # Drafts are compared and not shapes of blocks: both propose as suits the opponent on this target.
+        shape = plan.blocks[opponent]
+        own = dataclasses.replace(plan.blocks[CHALLENGER], tokens=shape.tokens, siblings=shape.siblings)
+        plan.blocks[CHALLENGER] = own
     measured = plan.measured(context)
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
     warm_up(context, arms, prompts["validation"][0], stops)
-    by_id = {prompt.id: prompt for prompt in prompts["heldout"]}
-    order = [by_id[i] for i in plan.prompts]
+    # In the mix of the traffic, whatever the domain.
+    order = sorted(prompts["heldout"], key=lambda prompt: rank(prompt.id, seed=cfg.seed))
+    order = order[: cfg.realign.gate.max_prompts]
     path = work.folder / RECORDS_FILE
-    records = whole_records(read_records(path), plan.prompts, plan, arms=list(arms), below=cfg.score.screen_below)
+    records = whole_records(
+        read_records(path), [p.id for p in order], plan, arms=list(arms), below=cfg.score.screen_below
+    )
     write_text(path, "".join(record.to_json() + "\n" for record in records))
     counts = _counts(order)
     finished = _finished(records, cfg.score.temperatures)

@@ -241,9 +241,7 @@ def _context(cfg: RunConfig, made: Candidates, snapshot: Path, info: dict[str, A
         cfg,
         prompts=sources(cfg, snapshot),
         draft=made.drafts,
-        budget=dataclasses.replace(
-            cfg.budget, responses=responses(cfg, snapshot), score_prompts=realign.gate.max_prompts
-        ),
+        budget=dataclasses.replace(cfg.budget, responses=responses(cfg, snapshot), score_prompts=1),
         score=dataclasses.replace(cfg.score, screen_after=0),
         realign=dataclasses.replace(realign, webhook=""),
     )

@@ -1,6 +1,8 @@
-"""Several drafts of one target at once: outputs are as alone, shares hold, losers are turned off, swaps drop nothing."""
+"""Several drafts of one target at once: outputs are as alone, shares hold, losers go off, swaps drop nothing."""
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from inference.attention import use_grouped_attention
 from inference.batch import BatchEngine, Handle, Outcome
-from inference.batch.arms import ArmEngine, ArmSpec, GuardConfig
+from inference.batch.arms import ArmEngine, ArmSpec, GuardConfig, _Pairs
 from inference.betting import BettingTest
 from inference.decoder import Request, decode
 from inference.drafters import Drafter
@@ -166,6 +168,44 @@ def test_a_draft_that_proposes_rubbish_is_turned_off_and_what_runs_ends(target: 
     assert "bad" not in {engine.arm_of(f"new{i}") for i in range(200)}
     tau = {figures.name: figures.tau for figures in engine.figures()}
     assert tau["good"] > tau["bad"]
+
+
+def test_traffic_that_moves_turns_off_no_equal_arm() -> None:
+    """Shares of nine to one, rewards that fall by half: pairs are of the same time, whichever side has more."""
+    for start, end in ((0.6, 0.3), (0.3, 0.6)):
+        off = 0
+        for seed in range(40):
+            rng, pairs = random.Random(seed), _Pairs()
+            test = BettingTest(null_mean=-0.05, low=-1.0, high=1.0, alternative="less")
+            for number in range(3000):
+                mean = start + (end - start) * number / 3000
+                reward = min(1.0, max(0.0, rng.gauss(mean, 0.1)))
+                difference = pairs.mine(reward) if rng.random() < 0.1 else pairs.control(reward)
+                if difference is not None:
+                    test.update(difference)
+            off += test.rejected(0.05)
+        assert off <= 4
+
+
+def test_a_draft_that_was_swapped_out_is_let_go(target: CausalModel) -> None:
+    engine = ArmEngine(target, [ArmSpec("a", lookup, FixedLookahead(2), 1)], max_requests=2)
+    for number in range(4):
+        submit(engine, number)
+    engine.step()
+    old = weakref.ref(engine._engines()[0])
+    engine.swap("a", ArmSpec("a", NoDrafter, FixedLookahead(0), 1))
+    finish(engine)
+    gc.collect()
+    assert old() is None and not engine._taken_by
+
+
+def test_a_request_of_the_whole_context_fits_an_arm_with_longer_blocks_than_the_control(target: CausalModel) -> None:
+    arms = [ArmSpec("a", NoDrafter, FixedLookahead(0), 0), ArmSpec("b", rubbish(), FixedLookahead(3), 1)]
+    engine = ArmEngine(target, arms, max_requests=1)
+    asked = Request(settings=SamplingSettings(temperature=0.0), max_new_tokens=100, stop_tokens=frozenset())
+    handle = engine.submit(torch.tensor([1, 2, 3]), asked, request_id="r", generator=TorchSource.seeded(0))
+    finish(engine)
+    assert handle.outcome is Outcome.DONE
 
 
 def test_an_arm_that_is_no_worse_is_seldom_turned_off_however_often_one_looks() -> None:

@@ -47,6 +47,14 @@ def test_going_on_from_json_is_going_on() -> None:
     assert second.evidence == whole.evidence and second.count == whole.count == 400
 
 
+def test_a_long_fall_stays_a_number() -> None:
+    detector = fresh(0.7)
+    for _ in range(6000):
+        detector.update(0.1)
+    detector.update(1.0)
+    assert detector.statistic == detector.statistic and detector.statistic < float("inf")
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
 def test_what_is_no_rate_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="no rate"):

@@ -10,7 +10,7 @@ from inference.traffic import TrafficRecord
 from pipelines.drift.config import DriftConfig
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.drift.mix import LEARN, MixDetector
-from pipelines.drift.monitor import State, alarms, interval, load, observe, save, stratum_name
+from pipelines.drift.monitor import State, _lower_end, _t_quantile, alarms, interval, load, observe, save, stratum_name
 
 CFG = DriftConfig()
 PUBLISHED = {"chat, greedy": 0.4, "code, greedy": 0.7}
@@ -131,6 +131,33 @@ def test_requests_without_proposals_say_nothing_of_acceptance() -> None:
     state = State("p/v1", "t")
     observe(state, [replace(served(1, "code", 0.5), proposed=[], accepted=[])], PUBLISHED, CFG)
     assert state.strata == {}
+
+
+def test_traffic_that_was_never_scored_is_counted_and_said() -> None:
+    state = State("p/v1", "t")
+    observe(state, [served(i, "law", 0.1) for i in range(5)], PUBLISHED, CFG)
+    assert state.strata == {} and state.unscored == {"law, greedy": 5}
+
+
+def test_few_scored_prompts_give_a_careful_reference() -> None:
+    """In 200 scores of six prompts, hardly a reference is above the truth; one standard error would be in a sixth."""
+    rng = random.Random(1)
+    above = plain = 0
+    for _ in range(200):
+        rates = [min(1.0, max(0.0, rng.gauss(0.7, 0.15))) for _ in range(6)]
+        above += _lower_end(rates, level=0.05) > 0.7
+        mean = sum(rates) / 6
+        plain += mean - (sum((r - mean) ** 2 for r in rates) / 5 / 6) ** 0.5 > 0.7
+    assert above <= 20 < plain
+    assert _lower_end([0.9], level=0.05) == 0.0
+
+
+def test_quantiles_of_t_are_those_of_the_tables() -> None:
+    from scipy.stats import t
+
+    for freedom in (1, 2, 3, 5, 11, 40):
+        for level in (0.95, 0.99, 0.995):
+            assert _t_quantile(level, freedom) == pytest.approx(float(t.ppf(level, freedom)), rel=0.01)
 
 
 def test_the_interval_covers_the_mean() -> None:

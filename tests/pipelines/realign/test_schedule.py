@@ -17,7 +17,9 @@ FIELD = r"(\*|\d+)(/\d+)?(-\d+)?(,\d+)*"
 def checked(command: str) -> None:
     """The dspark command in a line of a shell is a stage with overrides of known groups."""
     words = shlex.split(command)
-    rest = next(words[i + 2 :] for i, word in enumerate(words[:-1]) if word.endswith("dspark") and words[i + 1] in EXTRA)
+    rest = next(
+        words[i + 2 :] for i, word in enumerate(words[:-1]) if word.endswith("dspark") and words[i + 1] in EXTRA
+    )
     overrides = [word.rstrip(";") for word in rest if re.fullmatch(r"[a-z_.]+=\S+", word)]
     overrides = [word for word in overrides if not word.startswith("code=")]
     assert overrides

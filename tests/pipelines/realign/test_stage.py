@@ -214,9 +214,7 @@ def test_rolling_back_is_one_command(place: Workplace, verdicts: list[Verdict]) 
     assert code == 2 and "no champion before this one" in text
 
 
-def test_a_killed_end_is_ended_once(
-    place: Workplace, verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_end_is_ended_once(place: Workplace, verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the history was written and before the cycle was forgotten."""
     verdicts.append(Verdict(PROMOTE, "yes"))
     with monkeypatch.context() as patch:
