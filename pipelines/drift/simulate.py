@@ -3,9 +3,9 @@
     python -m pipelines.drift.simulate --runs 200 --out docs
 
 A request has a latent acceptance, Beta with mean 0.70 and standard deviation 0.12, and 20 to 119 graded tokens; its
-rate is what is fed. Ours is `pipelines.drift.detector.EDetector`; ADWIN and Page-Hinkley are river's (extra `drift`),
-at their defaults. river 0.26 has no CUSUM, so that is the textbook's, one-sided with mean and deviation known (allowance
-0.5, limit 5 deviations), written out here.
+rate is what is fed. Ours is `pipelines.drift.detector.EDetector`; ADWIN and Page-Hinkley are river's (the extra
+`drift`), at their defaults. river 0.26 has no CUSUM, so that is the textbook's, one-sided, with mean and deviation
+known (allowance 0.5, limit 5 deviations), written out here.
 """
 
 import argparse

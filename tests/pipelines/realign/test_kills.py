@@ -1,7 +1,7 @@
-"""kill -9 at fifty random moments of re-alignments: the registry is one valid state every time, and nothing is done twice.
+"""kill -9 at fifty random moments of re-alignments: the registry is one valid state every time, nothing is done twice.
 
-Speeds of a tiny target are noise, so how a cycle ends is drawn; the gate is set so that both ends come up. Whichever it is,
-a run after a kill keeps to what was decided before it.
+Speeds of a tiny target are noise, so how a cycle ends is drawn; the gate is set so that both ends come up. Whichever it
+is, a run after a kill keeps to what was decided before it.
 """
 
 import json

@@ -3,7 +3,9 @@
 Weights are random and speeds mean nothing, so what the gate says is fixed where a test is about what follows from it.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +226,24 @@ def test_a_killed_end_is_ended_once(place: Workplace, verdicts: list[Verdict], m
     assert realign(place, "drift.tolerance=0.5")[1] == 0
     assert len(history(place.versions)) == 1 and [v.name for v in versions(place.registry, "tiny")] == ["v1", "v2"]
     assert not (place.versions / FOLDER / "cycle.json").exists()
+
+
+@pytest.mark.parametrize("place_of_write", ["measure.write_results", "cycle.write_text", "snapshot.write_text"])
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+    place: Workplace, verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch, place_of_write: str
+) -> None:
+    verdicts.append(Verdict(PROMOTE, "yes"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipelines.realign.{place_of_write}", full)
+        text, code = realign(place, "realign.force=true")
+    assert code == 2 and "no space left on the disk" in text
+    text, code = realign(place, "realign.force=true")
+    assert code == 0, text
+    assert [v.name for v in versions(place.registry, "tiny")] == ["v1", "v2"] and len(history(place.versions)) == 1
 
 
 def test_it_pays_only_where_it_saves_more_than_it_costs() -> None:
