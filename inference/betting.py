@@ -74,27 +74,6 @@ class BettingTest:
         """Whether the null has been refuted at a level, at any look so far."""
         return self._best >= -math.log(alpha)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything needed to go on exactly."""
-        return {
-            "null_mean": self.null_mean,
-            "low": self.low,
-            "high": self.high,
-            "alternative": self.alternative,
-            "count": self.count,
-            "logs": self._logs.tolist(),
-            "best": self._best,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "BettingTest":
-        """Go on from `to_json`."""
-        names = ("null_mean", "low", "high", "alternative")
-        test = cls(**{name: data[name] for name in names})
-        test.count, test._best = int(data["count"]), float(data["best"])
-        test._logs = np.array(data["logs"], dtype=np.float64)
-        return test
-
 
 def wealth_paths(x: Array, *, null_mean: float, low: float, high: float, alternative: str) -> Array:
     """Log wealth after every number, for many runs at once: `[runs, n]` as `x`; the same figures as `BettingTest`."""

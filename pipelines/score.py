@@ -10,7 +10,7 @@ import logging
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -250,20 +250,44 @@ def _measure(
                 for arm, speedup in slow.items():
                     logger.info("%s: speedup %.2f so far, measured no further", arm, speedup)
                 running = [arm for arm in arms if arm not in slow]
-            for temperature in cfg.score.temperatures:
-                if (prompt.id, temperature) in done:
-                    continue
-                new = score_prompt(
-                    [arms[name] for name in running],
-                    prompt,
-                    settings=cfg.decode.settings(temperature),
-                    max_new_tokens=cfg.decode.max_new_tokens,
-                    stop_tokens=stops,
-                    seed=cfg.seed,
-                )
-                stream.write("".join(record.to_json() + "\n" for record in new))
-                stream.flush()
-                records += new
+            records += decode_missing(context, [arms[name] for name in running], prompt, done, stops, stream)
+
+
+def decode_missing(
+    context: RunContext,
+    arms: list[Arm],
+    prompt: ScorePrompt,
+    done: set[tuple[str, float]],
+    stops: frozenset[int],
+    stream: TextIO,
+) -> list[Record]:
+    """Decode a prompt under all arms at the temperatures it lacks; returns the records, after appending them to a file.
+
+    Args:
+        context: of the run.
+        arms: to decode under, the baseline among them.
+        prompt: what is asked.
+        done: ids and temperatures there are records of.
+        stops: tokens that end an answer.
+        stream: file of records; flushed after every temperature.
+    """
+    cfg = context.cfg
+    found: list[Record] = []
+    for temperature in cfg.score.temperatures:
+        if (prompt.id, temperature) in done:
+            continue
+        new = score_prompt(
+            arms,
+            prompt,
+            settings=cfg.decode.settings(temperature),
+            max_new_tokens=cfg.decode.max_new_tokens,
+            stop_tokens=stops,
+            seed=cfg.seed,
+        )
+        stream.write("".join(record.to_json() + "\n" for record in new))
+        stream.flush()
+        found += new
+    return found
 
 
 def whole_records(

@@ -13,6 +13,8 @@ from typing import Any
 
 LEARN = 200
 _PRIOR = 0.5
+# Recent requests below which the index is noise; it is 0 then.
+_FEWEST = 50
 
 
 class MixDetector:
@@ -45,7 +47,7 @@ class MixDetector:
 
     def psi(self) -> float:
         """Population stability index of recent against learnt shares; below 0.1 is usually called stable."""
-        if not self.recent.total():
+        if self.recent.total() < _FEWEST:
             return 0.0
         domains = {*self.learnt, *self.recent}
         total = 0.0

@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.drift.simulate", description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="streams of each kind (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="folder for detectors.json, .md and .png")
+    parser.add_argument("--out", type=Path, default=None, help="folder for drift_detectors.json, .md and .png")
     words = parser.parse_args(argv)
     detectors = {
         "e-detector, tolerance 0.01": ours(0.01),
@@ -199,9 +199,9 @@ def main(argv: list[str]) -> int:
     text = table(rows)
     sys.stdout.write(text)
     if words.out:
-        write_json(words.out / "detectors.json", [asdict(row) for row in rows])
-        write_text(words.out / "detectors.md", text)
-        plot(rows, words.out / "detectors.png")
+        write_json(words.out / "drift_detectors.json", [asdict(row) for row in rows])
+        write_text(words.out / "drift_detectors.md", text)
+        plot(rows, words.out / "drift_detectors.png")
     return 0
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from inference.betting import BettingTest
-
 from inference.records import Record
 from pipelines.realign.config import GateConfig
 
@@ -34,13 +33,11 @@ class Pairing:
         prompt_id: of the prompt.
         domain: of the prompt.
         log_speed: log of the challenger's tokens per second over the champion's.
-        log_tau: log of its tokens per target pass over the champion's.
     """
 
     prompt_id: str
     domain: str
     log_speed: float
-    log_tau: float
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,12 @@ def pairings(records: Iterable[Record], *, challenger: str, champion: str) -> li
         if not both:
             continue
         speed = [math.log(_speed(new) / _speed(old)) for new, old in both]
-        tau = [math.log(_tau(new) / _tau(old)) for new, old in both]
-        result.append(Pairing(prompt_id, both[0][0].domain, sum(speed) / len(speed), sum(tau) / len(tau)))
+        result.append(Pairing(prompt_id, both[0][0].domain, sum(speed) / len(speed)))
     return result
 
 
 def _speed(record: Record) -> float:
     return record.emitted / record.total_seconds
-
-
-def _tau(record: Record) -> float:
-    return record.emitted / max(record.passes, 1)
 
 
 class Gate:

@@ -5,6 +5,7 @@ random order prompt by prompt, until the gate has decided. A killed one goes on 
 import dataclasses
 import logging
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from distill.prompts import rank
 from inference.records import Record
-from inference.scoring import ScorePrompt, score_prompt
+from inference.scoring import Arm, ScorePrompt
 from inference.statistics import find_card, scorecards, speed_ratio
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
@@ -28,6 +29,7 @@ from pipelines.score import (
     RECORDS_FILE,
     SCORE_PLAN_FILE,
     check_scorecards,
+    decode_missing,
     load_arms,
     read_records,
     score_prompts,
@@ -90,60 +92,46 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], op
     records = whole_records(
         read_records(path), [p.id for p in order], plan, arms=list(arms), below=cfg.score.screen_below
     )
-    write_text(path, "".join(record.to_json() + "\n" for record in records))
-    counts = _counts(order)
-    finished = _finished(records, cfg.score.temperatures)
-    gate = Gate(cfg.realign.gate, counts)
+    gate, verdict, records = _decide(context, list(arms.values()), order, records, opponent, stops, path)
+    cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
+    check_scorecards(cards)
+    write_results(work, cards, plan, context, arms)
+    _write_gate(work, gate, verdict, records, opponent, dict(Counter(prompt.domain for prompt in order)))
+    write_json(work.folder / DECISION_FILE, asdict(_decision(verdict, records, cards, opponent)))
+    logger.info("gate: %s after %d prompts: %s", verdict.outcome, len(gate.looks), verdict.reason)
+
+
+def _decide(
+    context: RunContext,
+    arms: list[Arm],
+    order: list[ScorePrompt],
+    records: list[Record],
+    opponent: str,
+    stops: frozenset[int],
+    path: Path,
+) -> tuple[Gate, Verdict, list[Record]]:
+    """Feed the gate prompt by prompt, decoding what has no records yet, until it decides.
+
+    Returns:
+        the gate, its verdict, and the records of the prompts it has seen, which are then all that the file holds.
+    """
+    write_text(path, "".join(record.to_json() + "\n" for record in records))  # drops what was torn
+    done = {(record.prompt_id, record.temperature) for record in records}
+    gate = Gate(context.cfg.realign.gate, dict(Counter(prompt.domain for prompt in order)))
+    seen: list[Record] = []
     verdict: Verdict | None = None
     with path.open("a", encoding="utf-8") as stream:
         for prompt in tracked(order, "gate", unit="prompts"):
-            if prompt.id not in finished:
-                done = {r.temperature for r in records if r.prompt_id == prompt.id}
-                for temperature in cfg.score.temperatures:
-                    if temperature in done:
-                        continue
-                    new = score_prompt(
-                        list(arms.values()),
-                        prompt,
-                        settings=cfg.decode.settings(temperature),
-                        max_new_tokens=cfg.decode.max_new_tokens,
-                        stop_tokens=stops,
-                        seed=cfg.seed,
-                    )
-                    stream.write("".join(record.to_json() + "\n" for record in new))
-                    stream.flush()
-                    records += new
             mine = [record for record in records if record.prompt_id == prompt.id]
+            mine += decode_missing(context, arms, prompt, done, stops, stream)
+            seen += mine
             (pairing,) = pairings(mine, challenger=CHALLENGER, champion=opponent)
             verdict = gate.update(pairing)
             if verdict is not None:
                 break
     assert verdict is not None, "a gate decides at its last prompt at the latest"
-    # Records of a longer run that was killed are none of this decision's.
-    seen = {look.prompt_id for look in gate.looks}
-    records = [record for record in records if record.prompt_id in seen]
-    write_text(path, "".join(record.to_json() + "\n" for record in records))
-    cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
-    check_scorecards(cards)
-    write_results(work, cards, plan, context, arms)
-    _write_gate(work, gate, verdict, records, opponent, counts)
-    write_json(work.folder / DECISION_FILE, asdict(_decision(verdict, records, cards, opponent)))
-    logger.info("gate: %s after %d prompts: %s", verdict.outcome, len(gate.looks), verdict.reason)
-
-
-def _counts(order: list[ScorePrompt]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for prompt in order:
-        counts[prompt.domain] = counts.get(prompt.domain, 0) + 1
-    return counts
-
-
-def _finished(records: list[Record], temperatures: list[float]) -> set[str]:
-    """Prompts that were decoded at every temperature."""
-    found: dict[str, set[float]] = {}
-    for record in records:
-        found.setdefault(record.prompt_id, set()).add(record.temperature)
-    return {prompt_id for prompt_id, done in found.items() if done >= set(temperatures)}
+    write_text(path, "".join(record.to_json() + "\n" for record in seen))
+    return gate, verdict, seen
 
 
 def _decision(verdict: Verdict, records: list[Record], cards: list[Any], opponent: str) -> Decision:

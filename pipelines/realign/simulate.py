@@ -62,7 +62,7 @@ def outcome(cfg: GateConfig, *, gain: float, noise: Noise, prompts: int, rng: np
         rng: source of the noise.
     """
     values = math.log1p(gain) + noise(rng, prompts * len(DOMAINS))
-    pairs = [Pairing(str(i), DOMAINS[i % len(DOMAINS)], float(v), 0.0) for i, v in enumerate(values)]
+    pairs = [Pairing(str(i), DOMAINS[i % len(DOMAINS)], float(v)) for i, v in enumerate(values)]
     gate, verdict = decide(cfg, pairs, dict.fromkeys(DOMAINS, prompts))
     assert verdict is not None, "a gate decides at its last prompt at the latest"
     return verdict.outcome, len(gate.looks)

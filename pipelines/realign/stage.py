@@ -243,7 +243,6 @@ def _context(cfg: RunConfig, made: Candidates, snapshot: Path, info: dict[str, A
         draft=made.drafts,
         budget=dataclasses.replace(cfg.budget, responses=responses(cfg, snapshot), score_prompts=1),
         score=dataclasses.replace(cfg.score, screen_after=0),
-        realign=dataclasses.replace(realign, webhook=""),
     )
     context = RunContext.open(own)
     steps = context.plan.steps[made.trained]

@@ -1,6 +1,5 @@
 """Tests by betting: fair while the null holds, whatever one looks at, and quick when it does not."""
 
-import json
 import math
 
 import numpy as np
@@ -66,16 +65,6 @@ def test_what_was_refuted_once_stays_refuted() -> None:
     for _ in range(200):
         test.update(-0.9)
     assert test.rejected(0.01) and test.log_wealth < 0 and test.p_value < 0.01
-
-
-def test_going_on_from_json_is_going_on() -> None:
-    values = np.random.default_rng(3).uniform(-1, 1, size=60)
-    first = fed(values[:25])
-    second = BettingTest.from_json(json.loads(json.dumps(first.to_json())))
-    for value in values[25:]:
-        second.update(float(value))
-    whole = fed(values)
-    assert (second.log_wealth, second.p_value, second.count) == (whole.log_wealth, whole.p_value, 60)
 
 
 def test_many_runs_at_once_are_the_same_runs() -> None:

@@ -12,7 +12,7 @@ from pipelines.realign.simulate import outcome, student
 
 
 def pairs(values: list[float], domain: str = "chat") -> list[Pairing]:
-    return [Pairing(f"{domain}{i}", domain, value, value) for i, value in enumerate(values)]
+    return [Pairing(f"{domain}{i}", domain, value) for i, value in enumerate(values)]
 
 
 def record(prompt: str, arm: str, *, emitted: int, seconds: float, passes: int, temperature: float = 0.0) -> Record:
@@ -66,18 +66,18 @@ def test_a_domain_without_enough_evidence_stops_promotion() -> None:
 
 def test_small_domains_are_judged_together() -> None:
     gate = Gate(GateConfig(min_domain_prompts=8), {"chat": 40, "law": 3, "poems": 5})
-    gate.update(Pairing("1", "law", 0.1, 0.0))
+    gate.update(Pairing("1", "law", 0.1))
     assert set(gate.looks[0].domains) == {"chat", OTHER}
 
 
 def test_one_disturbed_request_cannot_decide() -> None:
     gate = Gate(GateConfig(), {"chat": 10})
-    assert gate.update(Pairing("1", "chat", math.log(1000), 0.0)) is None
+    assert gate.update(Pairing("1", "chat", math.log(1000))) is None
 
 
 def test_a_ratio_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="have no ratio"):
-        Gate(GateConfig(), {"chat": 1}).update(Pairing("1", "chat", math.nan, 0.0))
+        Gate(GateConfig(), {"chat": 1}).update(Pairing("1", "chat", math.nan))
 
 
 def test_pairings_average_the_temperatures_of_a_prompt() -> None:
@@ -90,7 +90,6 @@ def test_pairings_average_the_temperatures_of_a_prompt() -> None:
     ]
     (pair,) = pairings(records, challenger="challenger", champion="champion")
     assert pair.log_speed == pytest.approx(math.log(2) / 2)
-    assert pair.log_tau == pytest.approx(math.log(2) / 2)
 
 
 def promoted(cfg: GateConfig, *, gain: float, cycles: int) -> float:
