@@ -7,7 +7,9 @@ from train.precision import PRECISIONS
 from train.schedule import SCHEDULES
 
 # Settings that do not change the weights a run ends with; a run may be resumed with others.
-_FREE = ("checkpoint_every_steps", "keep_checkpoints")
+_FREE = ("checkpoint_every_steps", "keep_checkpoints", "engine", "zero_stage", "offload")
+ENGINES = ("plain", "deepspeed")
+OFFLOADS = ("none", "optimizer", "all")
 
 
 @dataclass
@@ -15,8 +17,12 @@ class TrainerConfig:
     """How the loop runs.
 
     Attributes:
+        engine: "plain" (one process) or "deepspeed" (one or many, started by torchrun or `dspark launch`).
+        zero_stage: what DeepSpeed spreads over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
+            too.
+        offload: what DeepSpeed keeps in the CPU's memory: "none", "optimizer" or "all" (weights too, stage 3).
         steps: optimizer steps of the whole run (0 = whoever calls the loop decides, from its time budget).
-        accumulation: micro-batches a step; gradients are averaged over all their tokens together.
+        accumulation: micro-batches a step, of all processes together; gradients are averaged over all their tokens.
         clip_norm: largest gradient norm; longer gradients are scaled down to it (0 = no clipping).
         precision: "fp32", "bf16" (autocast over fp32 master weights) or "auto" (whoever calls the loop decides by
             device).
@@ -33,6 +39,9 @@ class TrainerConfig:
         best_is: "max" or "min": which value of that metric is best.
     """
 
+    engine: str = "plain"
+    zero_stage: int = 2
+    offload: str = "none"
     steps: int = 0
     accumulation: int = 1
     clip_norm: float = 1.0
@@ -52,6 +61,13 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "accumulation", "log_every_steps", "keep_checkpoints")
         _at_least(self, 0, "steps", "clip_norm", "evaluate_every_steps", "checkpoint_every_steps", "seed")
+        _one_of(self, "engine", ENGINES)
+        _one_of(self, "offload", OFFLOADS)
+        if self.zero_stage not in range(4):
+            raise ValueError(f"trainer.zero_stage is {self.zero_stage}: choose 0, 1, 2 or 3")
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"trainer.offload={self.offload} needs zero_stage={needed} or more, got {self.zero_stage}")
         _one_of(self, "precision", (*PRECISIONS, "auto"))
         _one_of(self, "schedule", SCHEDULES)
         _one_of(self, "best_is", ("max", "min"))

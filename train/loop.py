@@ -11,44 +11,55 @@ ends with the same bytes as a run that was never interrupted.
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import nn
 
-from train import checkpoint, precision
+from train import checkpoint, precision, throughput
 from train.batches import Batch, batch_digest
 from train.config import TrainerConfig
+from train.engines import Engine, Loss, Weigh
+from train.engines.plain import PlainEngine
 from train.errors import TrainingDiverged, TrainingError
 from train.optimizers import OptimizerConfig
 from train.progress import Progress
 from train.results import FitResult, LossOutput
 from train.schedule import factor
-from train.signals import StopRequest
+from train.signals import StopRequest, raise_for
 from train.trackers import Tracker, guarded
+from train.trackers.none import NoTracker
 
 _LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_RANK_SEED = 7919  # processes draw their own dropout; the first one draws what one process does
 
 
 def fit(
     module: nn.Module,
     *,
     batches: Callable[[int, int], Batch],
-    loss: Callable[[Batch], LossOutput],
+    loss: Loss,
     optimizer: OptimizerConfig,
     cfg: TrainerConfig,
     folder: Path,
     tracker: Tracker,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    weigh: Weigh | None = None,
+    used_apart: Sequence[nn.Module] = (),
 ) -> FitResult:
     """Train the parameters of a module that require a gradient, in place.
 
     The gradient of a step is grad(sum of `loss_sum`) / (sum of `weight_sum`) over its micro-batches: the true mean.
+    With `engine: deepspeed` the processes of torch.distributed call this together, each with the same arguments; the
+    micro-batches are dealt to them, and the first one keeps history, tracker and checkpoints.
 
     Args:
         module: what is trained; it is put in training mode. Trainable half-precision parameters become fp32.
@@ -56,34 +67,80 @@ def fit(
         loss: batch to sums; runs under the configured arithmetic.
         optimizer: configuration that builds the optimizer.
         cfg: settings of the loop, `precision` resolved.
-        folder: checkpoints go to `<folder>/checkpoints`.
+        folder: checkpoints go to `<folder>/checkpoints`; the same place for all processes.
         tracker: gets the history as it grows; closed at the end. Its failures are warned about once.
         evaluate: returns metrics; runs in eval mode without gradients, and random numbers it draws do not reach
             training.
+        weigh: the `weight_sum` of a batch's loss without running the model; DeepSpeed needs it.
+        used_apart: parts of the module whose parameters are read outside their own `forward`, for ZeRO stage 3.
 
     Returns:
         Counters, metrics and where the checkpoints are.
 
     Raises:
-        TrainingDiverged: a loss or gradient is NaN or infinite; weights and checkpoints are those before the step.
+        TrainingDiverged: a loss or gradient is NaN or infinite; weights (of one process) and checkpoints are those
+            before the step.
         TrainingError: nothing to train, no weight in a batch, settings other than the checkpoint's, `best_metric` not
-            among the evaluation's metrics.
-        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; a checkpoint was written after the step in progress.
+            among the evaluation's metrics, or an engine that cannot do what is asked.
+        KeyboardInterrupt, Stopped: SIGINT or SIGTERM came; a checkpoint was written after the step in progress.
     """
+    measured = not isinstance(tracker, NoTracker)
     tracker = guarded(tracker)
     try:
-        run = _Run(module, batches, loss, optimizer, cfg, folder / "checkpoints", tracker, evaluate)
-        with StopRequest() as stop, Progress(cfg.steps, done=run.step) as progress:
+        make = partial(_engine, module, loss=loss, weigh=weigh, optimizer=optimizer, cfg=cfg, used_apart=used_apart)
+        run = _Run(module, batches, make, optimizer, loss, cfg, folder / "checkpoints", tracker, evaluate)
+        run.measured = measured
+        alone = run.engine.size == 1
+        with StopRequest(alone=alone) as stop, Progress(cfg.steps, done=run.step, shown=run.leads) as progress:
             while run.step < cfg.steps:
-                run.make_step()
+                run.make_step(stop)
                 progress.advance(run.step, loss=run.last_loss, lr=run.last_lr)
                 run.after_step()
-                if stop.signal is not None:
+                if (told := stop.signal if alone else run.told) is not None:
                     run.save()
-                    stop.raise_if_asked()
+                    raise_for(told, step=run.step)
+        run.engine.finish()
     finally:
         tracker.finish()
     return run.result()
+
+
+def _engine(
+    module: nn.Module,
+    *,
+    loss: Loss,
+    weigh: Weigh | None,
+    optimizer: OptimizerConfig,
+    cfg: TrainerConfig,
+    used_apart: Sequence[nn.Module],
+) -> Engine:
+    if cfg.engine == "plain":
+        return PlainEngine(module, loss=loss, optimizer=optimizer, arithmetic=cfg.precision, clip_norm=cfg.clip_norm)
+    from train.engines.zero import ZeroEngine
+
+    assert weigh is not None, "DeepSpeed scales by the weight of a whole step before its backward passes"
+    return ZeroEngine(
+        module,
+        loss=loss,
+        weigh=weigh,
+        optimizer=optimizer,
+        arithmetic=cfg.precision,
+        clip_norm=cfg.clip_norm,
+        accumulation=cfg.accumulation,
+        stage=cfg.zero_stage,
+        offload=cfg.offload,
+        used_apart=used_apart,
+    )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of one step over all processes: per micro-batch, then over all of them."""
+
+    losses: list[float]
+    weights: list[float]
+    tokens: int
+    metrics: dict[str, tuple[float, float]]
 
 
 class _Run:
@@ -93,8 +150,9 @@ class _Run:
         self,
         module: nn.Module,
         batches: Callable[[int, int], Batch],
-        loss: Callable[[Batch], LossOutput],
+        engine: Callable[[], Engine],
         optimizer: OptimizerConfig,
+        loss: Loss,
         cfg: TrainerConfig,
         root: Path,
         tracker: Tracker,
@@ -109,14 +167,12 @@ class _Run:
                 f"trainer.best_metric is {cfg.best_metric!r} but nothing is evaluated", mend='set it to ""'
             )
         precision.master_weights(module)
-        self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        if not self.named:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
             raise TrainingError("no parameter requires a gradient", mend="unfreeze what is to be trained")
         self.module, self.batches, self.loss, self.evaluate = module, batches, loss, evaluate
-        self.cfg, self.root, self.tracker = cfg, root, tracker
-        self.device = self.named[0][1].device
-        self.optimizer: optim.Optimizer = optimizer.build(self.named)
-        self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.cfg, self.root = cfg, root
+        self.device = named[0][1].device
         self.settings = {"trainer": cfg.trajectory(), "optimizer": _plain(optimizer)}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -124,28 +180,39 @@ class _Run:
         self.window: dict[str, list[float]] = {}
         self.best: tuple[int, float] | None = None
         self.last_loss, self.last_lr = math.nan, math.nan
-        self.resumed_step = self._resume()
+        self.measured = False  # whether somebody wants to know how well the device is used
+        self.told: int | None = None  # the signal that one of the processes has got
+        self.flops: float | None = None
+        snapshot = self._snapshot()
+        self.engine = engine()
+        self.leads = self.engine.rank == 0
+        self.tracker: Tracker = tracker if self.leads else NoTracker()
+        self.base_lrs = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
+        self.resumed_step = self._resume(snapshot)
         self.saved_step = self.resumed_step
-        self.clock = time.monotonic()
+        self.clock = self.logged_at = time.monotonic()
+        self.logged_tokens, self.logged_step = self.tokens, self.step
         module.train()
 
     # One step
 
-    def make_step(self) -> None:
-        """Accumulate, check, clip, and move the parameters once."""
+    def make_step(self, stop: StopRequest) -> None:
+        """Accumulate, check, clip, and move the parameters once; hear whether any process was told to stop."""
         self.last_lr = self._set_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        outputs = [self._backward(micro) for micro in range(self.cfg.accumulation)]
-        losses = torch.stack([output.loss_sum for output in outputs]).double().tolist()  # the one wait for the device
-        weights = [float(output.weight_sum) for output in outputs]
-        self._check_losses(losses, weights)
-        norm = self._scale_and_clip(sum(weights))
+        own = self._own()
+        outputs = self.engine.accumulate(self.batches(self.step, micro) for micro in own)
+        sums = self._sums(outputs, own, stop)
+        self._check_losses(sums.losses, sums.weights)
+        norm = self.engine.move(math.fsum(sums.weights))
         if not math.isfinite(norm):
             self._diverged(f"gradient norm is {norm}", range(self.cfg.accumulation))
-        self.optimizer.step()
         self.step += 1
-        self.last_loss = math.fsum(losses) / math.fsum(weights)
-        self._account(outputs, losses, weights, norm)
+        self.last_loss = math.fsum(sums.losses) / math.fsum(sums.weights)
+        self._account(sums, norm)
+
+    def _own(self) -> range:
+        """This process's micro-batches of a step."""
+        return range(self.engine.rank, self.cfg.accumulation, self.engine.size)
 
     def _set_rate(self) -> float:
         cfg = self.cfg
@@ -157,17 +224,31 @@ class _Run:
             final_factor=cfg.final_factor,
             decay_share=cfg.decay_share,
         )
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * scale
         return self.base_lrs[0] * scale
 
-    def _backward(self, micro: int) -> LossOutput:
-        batch = self.batches(self.step, micro)
-        with precision.arithmetic(self.cfg.precision, device=self.device):
-            output = self.loss(batch)
-        output.loss_sum.backward()
-        output.loss_sum = output.loss_sum.detach()
-        return output
+    def _sums(self, outputs: list[LossOutput], own: range, stop: StopRequest) -> "_Sums":
+        """The step's sums over all processes, in one exchange."""
+        count = self.cfg.accumulation
+        names = sorted(outputs[0].sums)
+        losses = torch.stack([output.loss_sum for output in outputs]).double().cpu()  # the one wait for the device
+        values = torch.zeros(3, count, dtype=torch.float64)
+        values[0, own] = losses
+        for micro, output in zip(own, outputs, strict=True):
+            values[1, micro] = float(output.weight_sum)
+            values[2, micro] = output.tokens or round(float(output.weight_sum))
+        pairs = [math.fsum(float(output.sums[name][i]) for output in outputs) for name in names for i in (0, 1)]
+        asked = [float(stop.signal == number) for number in _SIGNALS]
+        flat = torch.cat([values.flatten(), torch.tensor([*pairs, *asked], dtype=torch.float64)])
+        whole = self.engine.total(flat).tolist()
+        self.told = next((number for number, asked in zip(_SIGNALS, whole[-2:], strict=True) if asked), None)
+        return _Sums(
+            losses=whole[:count],
+            weights=whole[count : 2 * count],
+            tokens=round(math.fsum(whole[2 * count : 3 * count])),
+            metrics={name: (whole[3 * count + 2 * i], whole[3 * count + 2 * i + 1]) for i, name in enumerate(names)},
+        )
 
     def _check_losses(self, losses: list[float], weights: list[float]) -> None:
         for micro, value in enumerate(losses):
@@ -181,28 +262,18 @@ class _Run:
                 mend="give every batch at least one token to learn from",
             )
 
-    def _scale_and_clip(self, weight: float) -> float:
-        """Turn summed gradients into the mean's and clip them; return the norm before clipping."""
-        grads = [p.grad for _, p in self.named if p.grad is not None]
-        torch._foreach_div_(grads, weight)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.cfg.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.cfg.clip_norm, norm)
-        return float(norm)
-
     def _diverged(self, what: str, micros: Sequence[int]) -> None:
         digests = [batch_digest(self.batches(self.step, micro)) for micro in micros]
         last = checkpoint.step_folder(self.root, self.saved_step) if self.saved_step else None
         raise TrainingDiverged(what, step=self.step + 1, digests=digests, checkpoint=last)
 
-    def _account(self, outputs: list[LossOutput], losses: list[float], weights: list[float], norm: float) -> None:
+    def _account(self, sums: "_Sums", norm: float) -> None:
         """Add a step to the window of sums that the next line of history divides."""
-        self._add("loss", math.fsum(losses), math.fsum(weights))
+        self._add("loss", math.fsum(sums.losses), math.fsum(sums.weights))
         self._add("grad_norm", norm, 1.0)
-        for output, weight in zip(outputs, weights, strict=True):
-            self.tokens += output.tokens or round(weight)
-            for name, (value, total) in output.sums.items():
-                self._add(name, float(value), float(total))
+        self.tokens += sums.tokens
+        for name, (value, total) in sums.metrics.items():
+            self._add(name, value, total)
 
     def _add(self, name: str, value: float, total: float) -> None:
         pair = self.window.setdefault(name, [0.0, 0.0])
@@ -228,21 +299,48 @@ class _Run:
         metrics["lr"] = self.last_lr
         self.metrics.update(metrics)
         self.history.append({"step": self.step, **metrics})
-        self.tracker.log(self.step, {**metrics, "tokens": float(self.tokens), "seconds": self._elapsed()})
+        used = {"tokens": float(self.tokens), "seconds": self._elapsed(), **(self._usage() if self.measured else {})}
+        self.tracker.log(self.step, {**metrics, **used})
+
+    def _usage(self) -> dict[str, float]:
+        """Tokens a second since the last line, memory, and model FLOPs over the device's peak (an estimate)."""
+        if self.flops is None:
+            batch = self.batches(self.step - 1, self.engine.rank)
+            with self._aside():
+                own = throughput.training_flops(lambda: self.engine.within(lambda: self.loss(batch)))
+            self.flops = own * len(self._own())  # of a step, on this process
+            self.logged_at, self.logged_tokens, self.logged_step = time.monotonic(), self.tokens, self.step
+            return {"memory_gib": throughput.peak_memory_bytes(self.device) / 2**30}
+        now = time.monotonic()
+        seconds = max(now - self.logged_at, 1e-9)
+        rate = self.flops * (self.step - self.logged_step) / seconds
+        usage = {
+            "tokens_per_s": (self.tokens - self.logged_tokens) / seconds,
+            "mfu": rate / throughput.peak_flops(self.device, self.cfg.precision),
+            "memory_gib": throughput.peak_memory_bytes(self.device) / 2**30,
+        }
+        self.logged_at, self.logged_tokens, self.logged_step = now, self.tokens, self.step
+        return usage
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Eval mode, no gradients, and random numbers that do not reach training."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), _eval_mode(self.module):
+            yield
 
     def _evaluate(self) -> bool:
         """Measure; return whether this is the best value of `best_metric` so far."""
         if self.evaluate is None:
             return False
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), _eval_mode(self.module):
-            with precision.arithmetic(self.cfg.precision, device=self.device):
-                found = self.evaluate()
+        with self._aside():
+            found = self.engine.within(self.evaluate)
         metrics = {f"eval/{name}": float(value) for name, value in found.items()}
         self.metrics.update(metrics)
         self.history.append({"step": self.step, **metrics})
         self.tracker.log(self.step, metrics)
-        _LOG.info("step %d %s", self.step, " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if self.leads:
+            _LOG.info("step %d %s", self.step, " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return self._note_best(found)
 
     def _note_best(self, found: dict[str, float]) -> bool:
@@ -284,33 +382,58 @@ class _Run:
             return
         snapshot = checkpoint.Snapshot(
             step=self.step,
-            weights={name: p.detach() for name, p in self.named},
-            optimizer=checkpoint.optimizer_state(self.module, self.optimizer),
-            rng=checkpoint.rng_states(),
+            weights=self.engine.weights(),
+            optimizer=self.engine.optimizer_state(),
+            rng=self.engine.rng(),
             record=self._record(),
         )
-        checkpoint.write_snapshot(self.root, snapshot)
+        failed = None
+        if self.leads:
+            try:
+                self._write(snapshot)
+            except OSError as error:
+                failed = error
+        self.engine.agree(failed)
         self.saved_step = self.step
+
+    def _write(self, snapshot: checkpoint.Snapshot) -> None:
+        checkpoint.write_snapshot(self.root, snapshot)
         best_step = self.best[0] if self.best else None
         checkpoint.rotate(self.root, step=self.step, keep=self.cfg.keep_checkpoints, best_step=best_step)
 
-    def _resume(self) -> int:
-        """Go on from the newest whole checkpoint, or seed torch for a fresh start; return the step reached before."""
+    def _snapshot(self) -> checkpoint.Snapshot | None:
+        """The newest whole checkpoint, its weights put into the module."""
         snapshot = checkpoint.newest_snapshot(self.root)
+        if snapshot is not None:
+            where = checkpoint.step_folder(self.root, snapshot.step)
+            _same_settings(snapshot.record["settings"], self.settings, where=where)
+            checkpoint.put_weights(self.module, snapshot.weights, where=where)
+        return snapshot
+
+    def _resume(self, snapshot: checkpoint.Snapshot | None) -> int:
+        """Go on from a checkpoint, or seed torch for a fresh start; return the step reached before."""
+        step = snapshot.step if snapshot else 0
+        steps = self.engine.total(torch.tensor([float(step)], dtype=torch.float64)).item()
+        if steps != step * self.engine.size:
+            raise TrainingError(
+                f"the processes do not see the same checkpoints, one that of step {step}",
+                where=str(self.root),
+                mend="put the artifacts on a disk that all nodes share",
+            )
+        torch.manual_seed(self.cfg.seed + _RANK_SEED * self.engine.rank)
         if snapshot is None:
-            torch.manual_seed(self.cfg.seed)
             return 0
         record = snapshot.record
-        where = checkpoint.step_folder(self.root, snapshot.step)
-        _same_settings(record["settings"], self.settings, where=where)
-        checkpoint.put_weights(self.module, snapshot.weights, where=where)
-        checkpoint.load_optimizer_state(self.module, self.optimizer, snapshot.optimizer)
-        checkpoint.load_rng_states(snapshot.rng)
+        self.engine.load(snapshot.weights, snapshot.optimizer)
+        if not self.engine.load_rng(snapshot.rng) and self.leads:
+            _LOG.info("another number of processes saved the checkpoint: dropout, if any, is drawn anew")
         self.step, self.tokens, self.seconds = snapshot.step, record["tokens"], record["seconds"]
         self.metrics, self.history, self.window = record["metrics"], record["history"], record["window"]
         self.best = (int(record["best"][0]), record["best"][1]) if record["best"] else None
         self.last_loss, self.last_lr = record["last_loss"], record["last_lr"]
-        _LOG.info("resumed from step %d of %d: %s", snapshot.step, self.cfg.steps, where)
+        if self.leads:
+            where = checkpoint.step_folder(self.root, snapshot.step)
+            _LOG.info("resumed from step %d of %d: %s", snapshot.step, self.cfg.steps, where)
         return snapshot.step
 
     def result(self) -> FitResult:

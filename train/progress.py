@@ -17,6 +17,7 @@ class Progress:
         total: steps of the whole run.
         done: steps made before, when resuming.
         terminal: draw a bar; by default whether stderr is a terminal.
+        shown: whether this process says anything.
         clock: seconds, for tests.
     """
 
@@ -26,13 +27,15 @@ class Progress:
         *,
         done: int = 0,
         terminal: bool | None = None,
+        shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._done, self._first = total, done, done
         self._clock = clock
         self._started = clock()
         self._last_line = -float("inf")
-        self._bar: Any = _bar() if (sys.stderr.isatty() if terminal is None else terminal) else None
+        self._shown = shown
+        self._bar: Any = _bar() if shown and (sys.stderr.isatty() if terminal is None else terminal) else None
         self._task: Any = None
 
     def __enter__(self) -> "Progress":
@@ -53,7 +56,7 @@ class Progress:
         now = self._clock()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=f"loss {loss:.4f} lr {lr:.2e}")
-        elif now - self._last_line >= 1.0 or step == self._total:
+        elif self._shown and (now - self._last_line >= 1.0 or step == self._total):
             self._last_line = now
             pace = (now - self._started) / max(1, step - self._first)
             left = pace * (self._total - step)

@@ -7,13 +7,18 @@ from typing import Any
 
 
 class StopRequest:
-    """Context manager; `raise_if_asked` is called by the loop where it is safe to stop.
+    """Context manager; `signal` is looked at by the loop where it is safe to stop.
 
-    A second signal acts at once, as if this were not here. Outside the main thread no handler can be set, and none is.
+    A second signal acts at once, as if this were not here; among several processes it does not, because whoever starts
+    them may pass on what they have got already. Outside the main thread no handler can be set, and none is.
+
+    Args:
+        alone: whether this is the only process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
         self.signal: int | None = None
+        self._alone = alone
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,17 +37,34 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        self.signal = self.signal or number
+        if self._alone:
+            self._restore()
 
-    def raise_if_asked(self) -> None:
-        """Raise what the signal means.
 
-        Raises:
-            KeyboardInterrupt: after SIGINT.
-            SystemExit: after SIGTERM, with code 143.
-        """
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal == signal.SIGTERM:
-            raise SystemExit(143)
+def raise_for(number: int, *, step: int) -> None:
+    """Raise what a signal means.
+
+    Args:
+        number: SIGINT or SIGTERM.
+        step: steps that are saved.
+
+    Raises:
+        KeyboardInterrupt: for SIGINT.
+        Stopped: for SIGTERM.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(step)
+
+
+class Stopped(SystemExit):
+    """SIGTERM came, and what was done is saved; exit code 143, as a shell names a process that it ended.
+
+    Args:
+        step: steps that are saved.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(128 + signal.SIGTERM)

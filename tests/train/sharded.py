@@ -1,0 +1,120 @@
+"""A process of a distributed run of the tiny problem: torchrun starts it, argv = JSON of what to do.
+
+The network has a part that is used apart from its own `forward`, frozen parameters and a parameter of its own beside
+its parts: what ZeRO stage 3 has to gather by name.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.train import tiny
+from train.batches import Batch
+from train.config import TrainerConfig
+from train.loop import FitResult, LossOutput, fit
+from train.optimizers import adamw
+from train.signals import Stopped
+from train.trackers.none import NoTracker
+
+
+class Network(nn.Module):
+    """Frozen input, layers, a scale of its own, and a head whose weight is read directly."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(3)
+            self.frozen = nn.Linear(tiny.FEATURES, 16).requires_grad_(False)
+            self.layers = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 16))
+            self.norm = nn.LayerNorm(16)
+            self.scale = nn.Parameter(torch.ones(16))
+            self.head = nn.Linear(16, tiny.CLASSES)
+
+    def loss(self, batch: Batch) -> LossOutput:
+        hidden = self.norm(self.layers(self.frozen(batch["features"]))) * self.scale
+        logits = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype), self.head.bias.to(hidden.dtype))
+        losses = nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
+        right = (logits.argmax(-1) == batch["labels"]).float() * batch["weights"]
+        weight = batch["weights"].sum()
+        return LossOutput((losses * batch["weights"]).sum(), weight, {"accuracy": (right.sum(), weight)})
+
+
+def batches(step: int, micro: int) -> Batch:
+    """Micro-batches whose weights differ by far, so that a mean of means is not the true mean."""
+    batch = tiny.batches(step, micro)
+    return {**batch, "weights": batch["weights"] * (1.0 + 5.0 * (micro % 2))}
+
+
+def weigh(batch: Batch) -> float:
+    return float(batch["weights"].sum())
+
+
+def train(folder: Path, *, dropout: float = 0.0, pause: float = 0.0, **changes: Any) -> tuple[Network, FitResult]:
+    """Train it; `changes` go to the settings."""
+    module = Network(dropout)
+
+    def slow(step: int, micro: int) -> Batch:
+        time.sleep(pause)
+        return batches(step, micro)
+
+    given: dict[str, Any] = {
+        "steps": 6,
+        "accumulation": 4,
+        "precision": "fp32",
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 1,
+        "clip_norm": 0.5,
+        **changes,
+    }
+    result = fit(
+        module,
+        batches=slow,
+        loss=module.loss,
+        optimizer=adamw.Config(lr=0.02),
+        cfg=TrainerConfig(**given),
+        folder=folder,
+        tracker=NoTracker(),
+        evaluate=lambda: {"loss": float(module.loss(batches(99, 0)).loss_sum)},
+        weigh=weigh,
+        used_apart=[module.head],
+    )
+    return module, result
+
+
+def main() -> int:
+    """Train as told, and leave what came out."""
+    told = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    folder = Path(told.pop("folder"))
+    try:
+        module, result = train(folder, engine="deepspeed", **told)
+    except Stopped as stopped:
+        sys.stdout.write(f"stopped at {stopped.step}\n")
+        return _part(143)
+    if rank == 0:
+        save_file({name: p.detach().clone() for name, p in module.named_parameters()}, folder / "weights.safetensors")
+        text = {"history": result.history, "resumed": result.resumed_step, "tokens": result.tokens}
+        (folder / "result.json").write_text(json.dumps(text))
+    return _part(0)
+
+
+def _part(code: int) -> int:
+    """Leave the others in good order: a process that goes first aborts the threads of those still talking to it."""
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""DeepSpeed's own engine (Rajbhandari et al. 2019, arXiv 1910.02054): ZeRO 0 to 3, offload, bf16, many processes.
+
+Processes are those of torch.distributed; without any, this one is alone. What is ours is small: the loss is one call of
+a module that wraps what is trained, so that ZeRO gathers and frees as it goes; every micro-batch is scaled by the
+weight of the whole step before its backward pass, which makes DeepSpeed's mean over processes and micro-batches the
+true mean over weights; and state is read and written as whole tensors through DeepSpeed's accessors, never by its own
+pickled checkpoints.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn, optim
+
+from train import checkpoint, precision
+from train.batches import Batch
+from train.engines import Loss, Weigh
+from train.errors import TrainingError
+from train.optimizers import OptimizerConfig
+from train.results import LossOutput
+
+_NEVER = 10**9
+Value = TypeVar("Value")
+
+
+class _Whole(nn.Module):
+    """What is trained, as one module whose only pass is the loss; everything it runs is inside that pass.
+
+    Args:
+        module: what is trained.
+        loss: batch to sums.
+        used_apart: parts of the module whose parameters are read outside their own `forward`.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, used_apart: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.module = module
+        self._loss, self._used_apart = loss, list(used_apart)
+
+    def read_directly(self) -> list[nn.Parameter]:
+        """Parameters that no pass of their own gathers: of parts used apart, and of whatever has parts itself."""
+        found = [p for part in self._used_apart for p in part.parameters()]
+        found += [p for part in self.module.modules() if any(True for _ in part.children()) for p in _own(part)]
+        return list({id(p): p for p in found}.values())
+
+    def forward(self, batch: Batch | None, call: Callable[[], Any] | None = None) -> Any:
+        """The loss of a batch, its other sums left in `output`; or the value of `call`, for what is not a loss."""
+        if batch is None:
+            assert call is not None, "without a batch there is something to call"
+            return call()
+        self.output = self._loss(batch)
+        return self.output.loss_sum
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None]
+
+
+class ZeroEngine:
+    """See `Engine`.
+
+    Args:
+        module: what is trained; its frozen parameters are spread too in stage 3.
+        loss: runs under the given arithmetic.
+        weigh: the weight of a batch, without the model.
+        optimizer: builds the optimizer.
+        arithmetic: "fp32", or "bf16": parameters in bf16 over fp32 master copies.
+        clip_norm: largest gradient norm (0 = no clipping).
+        accumulation: micro-batches of a step, over all processes.
+        stage: ZeRO stage, 0 to 3.
+        offload: "none", "optimizer" or "all" (parameters too, stage 3).
+        used_apart: parts of the module whose parameters are read outside their own `forward`.
+
+    Raises:
+        TrainingError: deepspeed is not installed, micro-batches cannot be dealt out evenly, or an optimizer whose
+            state cannot be spread.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        loss: Loss,
+        weigh: Weigh,
+        optimizer: OptimizerConfig,
+        arithmetic: str,
+        clip_norm: float,
+        accumulation: int,
+        stage: int,
+        offload: str,
+        used_apart: Iterable[nn.Module] = (),
+    ) -> None:
+        deepspeed = _deepspeed()
+        _joined(module)
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        check_spread(optimizer, accumulation=accumulation, size=self.size, stage=stage)
+        self._module, self._weigh, self._arithmetic, self._stage = module, weigh, arithmetic, stage
+        self._micros = accumulation // self.size
+        self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._device = self._named[0][1].device
+        self._broadcast()
+        initial = {name: p.detach().cpu().clone() for name, p in self._named} if arithmetic == "bf16" else {}
+        self._whole = _Whole(module, loss, used_apart)
+        settings = _settings(arithmetic, clip_norm, self._micros, stage, offload)
+        with _quiet():
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self._whole, optimizer=optimizer.build(self._named), config=settings
+            )
+        if stage == 3:
+            for parameter in self._whole.read_directly():
+                deepspeed.zero.register_external_parameter(self._whole, parameter)
+        if initial:
+            self._load_weights(initial)  # the master copies are the weights themselves, not their bf16 rounding
+
+    # A step
+
+    def accumulate(self, batches: Iterable[Batch]) -> list[LossOutput]:
+        """See `Engine.accumulate`; all batches of this process are held until their weights are known."""
+        held = list(batches)
+        mine = sum(self._weigh(batch) for batch in held)
+        weight = float(self.total(torch.tensor([mine], dtype=torch.float64)))
+        # DeepSpeed divides by micro-batches and processes; a step without weight is refused by the loop.
+        share = self.size * self._micros / weight if weight else 0.0
+        outputs = []
+        with _quiet():
+            for number, batch in enumerate(held):
+                if number:
+                    self._engine.step()  # between micro-batches this only counts
+                outputs.append(self._backward(batch, share))
+        return outputs
+
+    def _backward(self, batch: Batch, share: float) -> LossOutput:
+        with precision.arithmetic(self._arithmetic, device=self._device):
+            loss = self._engine(batch)
+        output = self._whole.output
+        del self._whole.output
+        self._engine.backward(loss * share)
+        output.loss_sum = output.loss_sum.detach()
+        return output
+
+    def move(self, weight: float) -> float:
+        """See `Engine.move`; the weight is in the gradients already."""
+        plain = self._stage == 0 and self._arithmetic == "fp32"
+        grads = [p.grad for _, p in self._named if p.grad is not None] if plain else []
+        norm = torch.nn.utils.get_total_norm(grads) if grads else None
+        with _quiet():
+            self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def total(self, values: Tensor) -> Tensor:
+        """See `Engine.total`."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def within(self, call: Callable[[], Value]) -> Value:
+        """See `Engine.within`."""
+        with _quiet(), precision.arithmetic(self._arithmetic, device=self._device):
+            value: Value = self._whole(None, call)
+        return value
+
+    # State
+
+    def _broadcast(self) -> None:
+        """Start from the first process's weights."""
+        if self.size > 1:
+            for _, parameter in self._named:
+                distributed.broadcast(parameter.data, 0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self._stage == 0 and self._arithmetic == "fp32":
+            return {name: p.detach() for name, p in self._named}
+        return self._gathered(safe_get_full_fp32_param)
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.optimizer_state`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self._stage == 0 and self._arithmetic == "fp32":
+            return checkpoint.optimizer_state(self._module, self.optimizer)
+        flat = [state for state in self._inner().state.values() if state]
+        if not flat:
+            return {}
+        self._link()
+        keys = [key for key in flat[0] if key != "step"]
+        whole = {key: self._gathered(partial(safe_get_full_optimizer_state, optim_state_key=key)) for key in keys}
+        step = flat[0]["step"].detach().cpu().clone()
+        return {name: {"step": step, **{key: whole[key][name] for key in keys}} for name in (whole[keys[0]])}
+
+    def _gathered(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """What `read` gives for every trained parameter, kept on the CPU of the first process alone."""
+        found = {}
+        with _quiet():
+            for name, parameter in self._named:
+                value = read(parameter)
+                if self.rank == 0:
+                    found[name] = value.detach().cpu().clone()
+        return found
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> None:
+        """See `Engine.load`."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        self._load_weights(weights)
+        if not state:
+            return
+        if self._stage == 0 and self._arithmetic == "fp32":
+            checkpoint.load_optimizer_state(self._module, self.optimizer, state)
+            return
+        first = next(iter(state.values()))
+        keys = [key for key in first if key != "step"]
+        for flat in self._flat_parameters():
+            zeros = {key: torch.zeros_like(flat.data) for key in keys}
+            self._inner().state[flat] = {"step": first["step"].clone(), **zeros}
+        self._link()
+        for name, parameter in self._named:
+            for key in keys:
+                if self._stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._part(parameter, state[name][key]), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, state[name][key].to(self._device), key)
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Set master copies and what is computed with."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        gather = self._gather([p for _, p in self._named], changed=True)
+        with torch.no_grad(), _quiet(), gather:
+            for name, parameter in self._named:
+                parameter.copy_(weights[name])
+        if self._stage == 0 and self._arithmetic == "fp32":
+            return
+        for name, parameter in self._named:
+            if self._stage == 3:
+                safe_set_local_fp32_param(parameter, self._part(parameter, weights[name]))
+            else:
+                safe_set_full_fp32_param(parameter, weights[name].to(self._device).float())
+
+    def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This process's part of a tensor in stage 3, fp32 `[n]`: parts are equal, the last one filled up. (DeepSpeed's
+        own setter of whole tensors overruns where the numbers do not go round.)"""
+        spread: Any = parameter
+        count = spread.ds_tensor.ds_numel
+        filled = torch.zeros(count * self.size, dtype=torch.float32)
+        filled[: whole.numel()] = whole.flatten()
+        return filled.narrow(0, count * self.rank, count).to(self._device)
+
+    def _link(self) -> None:
+        """Let parameters know their optimizer state. DeepSpeed does so once, after the first of several groups moved,
+        when the others have none yet."""
+        if self._stage < 3:
+            outer: Any = self.optimizer
+            outer._hp_optimizer_states_linked = False
+            outer._lazy_init_hp_params_optimizer_state()
+
+    def _gather(self, parameters: list[nn.Parameter], *, changed: bool = False) -> AbstractContextManager[None]:
+        """Parameters whole inside the context, and what the first process made of them spread again after it."""
+        if self._stage < 3 or not parameters:
+            return nullcontext()
+        context: AbstractContextManager[None] = _deepspeed().zero.GatheredParameters(
+            parameters, modifier_rank=0 if changed else None
+        )
+        return context
+
+    def _inner(self) -> optim.Optimizer:
+        """The optimizer that DeepSpeed drives."""
+        inner: optim.Optimizer = self.optimizer.optimizer
+        return inner
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The parameters that the inner optimizer moves: this process's parts, one after another."""
+        outer: Any = self.optimizer
+        if self._stage == 3:
+            return list(outer.fp32_partitioned_groups_flat)
+        return [p for group in self._inner().param_groups for p in group["params"]]
+
+    def rng(self) -> dict[str, Tensor]:
+        """See `Engine.rng`; the first process's under the names that one process uses."""
+        mine = checkpoint.rng_states()
+        if self._device.type == "cuda":
+            current = f"cuda:{torch.cuda.current_device()}"
+            mine = {"cpu": mine["cpu"], "cuda:0": mine[current]}
+        found = dict(mine)
+        for name, state in mine.items():
+            parts = [torch.empty_like(state) for _ in range(self.size)]
+            distributed.all_gather(parts, state)
+            found |= {f"rank{rank}.{name}": part for rank, part in enumerate(parts) if rank}
+        return found
+
+    def load_rng(self, states: dict[str, Tensor]) -> bool:
+        """See `Engine.load_rng`."""
+        saved = 1 + max((int(name[4:].partition(".")[0]) for name in states if name.startswith("rank")), default=0)
+        if saved != self.size:
+            return False
+        prefix = f"rank{self.rank}." if self.rank else ""
+        mine = {
+            n.removeprefix(prefix): s for n, s in states.items() if n.startswith(prefix) and (prefix or "." not in n)
+        }
+        torch.set_rng_state(mine["cpu"])
+        if self._device.type == "cuda" and "cuda:0" in mine:
+            torch.cuda.set_rng_state(mine["cuda:0"])
+        return True
+
+    def agree(self, failed: BaseException | None) -> None:
+        """See `Engine.agree`."""
+        count = float(self.total(torch.tensor([float(failed is not None)], dtype=torch.float64)))
+        if failed is not None:
+            raise failed
+        if count:
+            raise TrainingError("another process of this training failed", mend="see its own message")
+
+    def finish(self) -> None:
+        """See `Engine.finish`."""
+        weights = self.weights()
+        frozen = [p for p in self._module.parameters() if not p.requires_grad]
+        with _quiet(), self._gather(frozen):
+            kept = [p.data.detach().float().clone() if p.is_floating_point() else p.data.clone() for p in frozen]
+        with _quiet():
+            self._engine.destroy()
+        for parameter, data in zip(frozen, kept, strict=True):
+            parameter.data = data
+        for name, parameter in self._named:
+            if self.rank == 0:
+                parameter.data = weights[name].to(self._device)
+
+
+def check_spread(optimizer: OptimizerConfig, *, accumulation: int, size: int, stage: int) -> None:
+    """Refuse what cannot be shared out.
+
+    Raises:
+        TrainingError: micro-batches that do not go round, or 8-bit state.
+    """
+    if accumulation % size:
+        raise TrainingError(
+            f"{accumulation} micro-batches a step cannot be dealt to {size} processes",
+            where="trainer.accumulation",
+            mend=f"use a multiple of {size}: the micro-batches of a step are those of all processes together",
+        )
+    if stage and getattr(optimizer, "kind", "") == "adamw8bit":
+        raise TrainingError(
+            "8-bit optimizer state cannot be spread: its blocks would cross the parts",
+            where="optimizer",
+            mend="use optimizer=adamw (ZeRO spreads its state), or trainer.zero_stage=0",
+        )
+
+
+def _settings(arithmetic: str, clip_norm: float, micros: int, stage: int, offload: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    zero: dict[str, Any] = {"stage": stage}
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a batch's size is the loss's business: DeepSpeed only multiplies with it
+        "gradient_accumulation_steps": micros,
+        "gradient_clipping": clip_norm,
+        "bf16": {"enabled": arithmetic == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _NEVER,
+    }
+
+
+def _joined(module: nn.Module) -> None:
+    """Make this process a group of one where torchrun started none."""
+    if not distributed.is_initialized():
+        on_gpu = any(p.device.type == "cuda" for p in module.parameters())
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def _deepspeed() -> Any:
+    """The package, quiet; its operators are not compiled, torch's are used."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        with _quiet():
+            import deepspeed
+    except ImportError as error:
+        raise TrainingError("trainer=deepspeed needs the package deepspeed", mend="install it") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Without a GPU it would compile a kernel for small sums, for inference: gloo does without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep notices to DeepSpeed's authors off the user's terminal: it asks torch by older names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
