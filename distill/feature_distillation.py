@@ -7,22 +7,24 @@ tensor is kept for it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from distill.chunked import chunked_objective
-from distill.corpus import Sample
-from distill.distillation import LossSums, epoch_order
+from distill.conversation import Conversation, responds_within
+from distill.distillation import LossSums
 from distill.objectives import Objective, reads_labels
-from inference.errors import InputError
+from distill.order import Order
+from distill.selection import select
 from inference.feature_drafts import FeatureNetwork, PackedBatch
 from inference.model import CausalModel
 
-FeaturesOf = Callable[[Sample], Tensor]
+FeaturesOf = Callable[[Conversation], Tensor]
 """Features `[T, m * D]` of a sample; the row of its last token is never looked at."""
 
 _VALIDATION_ANCHORS = 24
@@ -54,6 +56,11 @@ class FeatureDistillation:
         objective: per-slot divergence.
         seed: fixes the order of conversations and their anchors.
 
+    Attributes:
+        train: training conversations with something to learn from.
+        validation: the same for validation.
+        counts: what was chosen, left out and cut (see `distill.selection`).
+
     Raises:
         InputError: no training sample has a position that can be an anchor.
     """
@@ -62,7 +69,7 @@ class FeatureDistillation:
         self,
         network: FeatureNetwork,
         target: CausalModel,
-        samples: list[Sample],
+        samples: Sequence[Conversation],
         *,
         features_of: FeaturesOf,
         objective: Objective,
@@ -78,10 +85,11 @@ class FeatureDistillation:
         self.config = network.config
         self.prompt_share = 0.0 if reads_labels(objective) else self.config.prompt_share
         self._chunk_tokens = self.config.chunk_tokens or _CHUNK_TOKENS.get(target.device.type, 1024)
-        self.train = [s for s in samples if s.split == "train" and self._candidates(s).numel()]
-        self.validation = [s for s in samples if s.split == "validation" and self._candidates(s).numel()]
-        if not self.train:
-            raise InputError("no training sample has a response", where="corpus", mend="build a larger corpus")
+        selection = select(samples, usable=self._usable, max_tokens=self.config.max_tokens, draft=self.config.kind)
+        self.train, self.validation, self.counts = selection.train, selection.validation, selection.counts
+        # Conversations are packed, so their lengths decide nothing.
+        lengths = np.zeros(len(self.train), dtype=np.int64)
+        self._order = Order(lengths, size=self.config.sequences_per_step, window=0, seed=seed)
         vocabulary = network.vocabulary
         # Draft id of each target token; -1 where the draft cannot propose it.
         self._draft_ids = torch.arange(target.vocab_size, device=target.device)
@@ -91,33 +99,38 @@ class FeatureDistillation:
 
     # Batches
 
-    def _candidates(self, sample: Sample, *, prompts: bool = False) -> Tensor:
+    def _usable(self, sample: Conversation) -> bool:
+        """Whether a response holds a possible anchor; as a rule the place of its first token tells without reading."""
+        if sample.first_response >= 2:
+            return responds_within(sample, self.config.max_tokens)
+        return self._candidates(sample).numel() > 0
+
+    def _candidates(self, sample: Conversation, *, prompts: bool = False) -> Tensor:
         """Positions that can be anchors, in responses or in prompts: the state that predicted the next token is known,
         and something lies before them."""
-        length = min(sample.tokens.shape[0], self.config.max_tokens)
+        length = min(sample.num_tokens, self.config.max_tokens)
         wanted = sample.stated & ~sample.mask if prompts else sample.mask
         positions = wanted[1:length].nonzero()[:, 0]
         return positions[positions >= 1]
 
     def batch(self, step: int, micro: int, *, accumulation: int = 1) -> dict[str, Tensor]:
         """The micro-batch at a step: a pure function, so that the data position is the step alone."""
-        start = (step * accumulation + micro) * self.config.sequences_per_step
+        index, size = step * accumulation + micro, self.config.sequences_per_step
         pieces = []
-        for position in range(start, start + self.config.sequences_per_step):
-            epoch, offset = divmod(position, len(self.train))
-            sample = self.train[epoch_order(len(self.train), seed=self.seed, epoch=epoch)[offset]]
+        for position, place in enumerate(self._order.micro_batch(index), start=index * size):
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
+            sample = self.train[place]
             pieces.append(self._piece(sample, count=self.config.anchors, share=self.prompt_share, generator=draw))
         return self.collate(pieces)
 
-    def _piece(self, sample: Sample, *, count: int, generator: torch.Generator, share: float = 0.0) -> _Piece:
+    def _piece(self, sample: Conversation, *, count: int, generator: torch.Generator, share: float = 0.0) -> _Piece:
         asked, written = self._candidates(sample, prompts=True), self._candidates(sample)
         number = min(round(count * share), asked.shape[0])
         drawn = [
             candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]]
             for candidates, wanted in ((written, count - number), (asked, number))
         ]
-        length = min(sample.tokens.shape[0], self.config.max_tokens)
+        length = min(sample.num_tokens, self.config.max_tokens)
         stated = sample.stated[:length]
         return _Piece(
             tokens=sample.tokens[:length],
@@ -188,8 +201,7 @@ class FeatureDistillation:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         states = self._slot_states(batch)
         drafts = self._draft_ids[batch["labels"]]
-        # A slot whose token the draft cannot propose has nothing to learn; the teacher is renormalised over the rest.
-        weights = self._weights(batch["places"]) * (drafts >= 0)
+        weights = self._weights(batch["places"], drafts)
         result = chunked_objective(
             states,
             draft_head=self.network.head,
@@ -222,9 +234,17 @@ class FeatureDistillation:
         )
         return self.network.slot_states(packed)[batch["slots"]]
 
-    def _weights(self, places: Tensor) -> Tensor:
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        """What `loss(batch).tokens` will be; no model runs."""
+        device = self.target.device
+        return float(self._weights(batch["places"].to(device), self._draft_ids[batch["labels"].to(device)]).sum())
+
+    def _weights(self, places: Tensor, drafts: Tensor) -> Tensor:
+        """Weights of slots, fp32 `[N]`, of their places and draft ids."""
         decay = self.config.position_decay
-        return torch.exp(-places / decay) if decay > 0 else torch.ones_like(places, dtype=torch.float32)
+        weights = torch.exp(-places / decay) if decay > 0 else torch.ones_like(places, dtype=torch.float32)
+        # A slot whose token the draft cannot propose has nothing to learn; the teacher is renormalised over the rest.
+        return weights * (drafts >= 0)
 
     def _teacher(self, states: Tensor) -> Callable[[slice], Tensor]:
         """Teacher logits over the draft's vocabulary for a slice of slots."""
@@ -307,7 +327,7 @@ def _pack(lengths: list[int], *, capacity: int) -> list[list[int]]:
     return rows
 
 
-def draft_vocabulary(samples: list[Sample], *, size: int, vocab_size: int) -> Tensor | None:
+def draft_vocabulary(samples: Sequence[Conversation], *, size: int, vocab_size: int) -> Tensor | None:
     """The most frequent tokens of the training responses, sorted ids int64 `[size]`; None for the whole vocabulary.
 
     Where the responses hold fewer kinds, the lowest other ids fill up: tokenizers number frequent merges first.
@@ -323,10 +343,19 @@ def draft_vocabulary(samples: list[Sample], *, size: int, vocab_size: int) -> Te
 
 
 @torch.no_grad()
-def covered_mass(target: CausalModel, samples: list[Sample], vocabulary: Tensor | None, *, limit: int = 2048) -> float:
+def covered_mass(
+    target: CausalModel, samples: Sequence[Conversation], vocabulary: Tensor | None, *, limit: int = 2048
+) -> float:
     """Share of the target's probability that falls on a vocabulary, averaged over validation positions."""
-    states = [s.states_of(s.mask) for s in samples if s.split == "validation" and s.states is not None]
-    if vocabulary is None or not states:
+    if vocabulary is None:
+        return 1.0
+    states: list[Tensor] = []
+    for sample in samples:
+        if sum(len(rows) for rows in states) >= limit:
+            break
+        if sample.split == "validation" and sample.has_states:
+            states.append(sample.states_of(sample.mask))
+    if not states:
         return 1.0
     rows = torch.cat(states)[:limit].to(target.device)
     mass = [

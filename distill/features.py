@@ -7,6 +7,7 @@ copies only the rows asked for, so a corpus larger than memory trains all the sa
 Compressed, a layer's row is 8-bit numbers and one scale, about half the bytes.
 """
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from distill.corpus import Sample, shard_name
+from distill.conversation import Conversation
+from distill.corpus import StoredSample, shard_name
 from inference.errors import InputError, first_line
 from inference.model import CausalModel
 
 BYTES_PER_NUMBER = 2
 """Features and states are kept in bf16, unless features are compressed."""
 _SCALE_BYTES = 4
+_OPEN_FILES = 64
+"""Mapped files at one time; a process may map only so many."""
 
 
 def features_path(folder: Path, index: int) -> Path:
@@ -106,7 +110,7 @@ class _Rows:
 
 
 class FeatureShards:
-    """Features of a corpus folder, by sample.
+    """Features of a corpus folder, by sample. Few files are mapped at one time.
 
     Args:
         folder: that holds the feature files.
@@ -117,8 +121,11 @@ class FeatureShards:
         InputError: a file is missing, damaged, or lacks a wanted layer.
     """
 
-    def __init__(self, folder: Path, samples: list[list[Sample]], *, taps: Sequence[int]) -> None:
-        self._places: dict[str, tuple[_Rows, int, int]] = {}
+    def __init__(self, folder: Path, samples: Sequence[Sequence[Conversation]], *, taps: Sequence[int]) -> None:
+        self._folder, self._num_shards = folder, len(samples)
+        self._rows = functools.lru_cache(maxsize=_OPEN_FILES)(self._mapped)
+        # Where the features of samples in memory begin; those on disk know it themselves.
+        self._places: dict[str, tuple[int, int]] = {}
         self._total = 0
         first: list[int] | None = None
         self._columns: torch.Tensor | None = None
@@ -128,8 +135,11 @@ class FeatureShards:
             count, width = rows.shape
             start = 0
             for sample in shard:
-                self._places[sample.id] = (rows, start, start + sample.tokens.shape[0])
-                start += sample.tokens.shape[0]
+                if isinstance(sample, StoredSample):
+                    assert (sample.shard, sample.start) == (index, start), "the shards of the corpus, in order"
+                else:
+                    self._places[sample.id] = index, start
+                start += sample.num_tokens
             first = first or kept
             # One choice of columns serves all shards, so all must have kept the same layers in the same order.
             if count != start or kept != first or not set(taps) <= set(kept):
@@ -144,18 +154,23 @@ class FeatureShards:
                 starts = torch.tensor([kept.index(tap) * size for tap in taps])
                 self._columns = (starts[:, None] + torch.arange(size)).flatten()
 
-    def of(self, sample: Sample) -> torch.Tensor:
+    def _mapped(self, index: int) -> _Rows:
+        return _opened(features_path(self._folder, index))[0]
+
+    def of(self, sample: Conversation) -> torch.Tensor:
         """Features `[T, m * D]` of one sample, bf16."""
-        rows, start, end = self._places[sample.id]
-        features = rows.read(start, end)
+        if isinstance(sample, StoredSample):
+            index, start = sample.shard, sample.start
+        else:
+            index, start = self._places[sample.id]
+        features = self._rows(index).read(start, start + sample.num_tokens)
         return features if self._columns is None else features[:, self._columns]
 
     def resident(self, device: torch.device) -> "FeatureShards":
         """Keep everything on an accelerator that has room for it three times over, so that no step waits for a copy."""
         if device.type == "cuda" and 3 * self._total < torch.cuda.mem_get_info(device)[0]:
-            files = {id(rows): rows for rows, _, _ in self._places.values()}
-            whole = {key: rows.on(device) for key, rows in files.items()}
-            self._places = {key: (whole[id(rows)], start, end) for key, (rows, start, end) in self._places.items()}
+            whole = [self._mapped(index).on(device) for index in range(self._num_shards)]
+            self._rows = functools.lru_cache(maxsize=0)(whole.__getitem__)
             self._columns = None if self._columns is None else self._columns.to(device)
         return self
 
@@ -191,7 +206,7 @@ def kept_taps(folder: Path) -> list[int]:
     return _opened(path)[1] if path.is_file() else []
 
 
-def capture_features(target: CausalModel, sample: Sample, taps: Sequence[int]) -> torch.Tensor:
+def capture_features(target: CausalModel, sample: Conversation, taps: Sequence[int]) -> torch.Tensor:
     """Run the target over one conversation: `[T, m * D]`, bf16, the last token's row included."""
     with torch.inference_mode(), target.tapped(taps) as features:
         target.model.base_model(input_ids=sample.tokens[None].to(target.device), use_cache=False)

@@ -4,6 +4,7 @@ Runs nothing; what a model does once it is loaded is `inference.model`.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,7 +169,10 @@ def check_finite(model: nn.Module, *, where: str) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and notices off the terminal while a model loads."""
+    """Keep transformers' progress bars and notices off the terminal while a model loads or is saved."""
+    if not torch.cuda.is_available():
+        # On saving, accelerate looks whether DeepSpeed has wrapped the model, and DeepSpeed says that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

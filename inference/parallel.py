@@ -11,8 +11,9 @@ The draft is not repeated on the followers, and neither is anything random. Thei
 distribution, so a second copy of the draft would only cost memory and time, and a second random stream could only come
 out of step: with one of each, no two processes can disagree about what was accepted.
 
-Not data parallel: what has gradients runs on the leader alone. So does whatever the leader starts as a process of its
-own, such as the check of a published pair, which needs the whole target on one device.
+Not data parallel: what has gradients runs on the leader alone, unless the others are called to it as a task of theirs
+(`call_to`). Alone runs too whatever the leader starts as a process of its own, such as the check of a published pair,
+which needs the whole target on one device.
 """
 
 import functools
@@ -20,7 +21,7 @@ import gc
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,16 @@ _FED = {
 _EDITS = {"rollback", "move", "batch_select_indices", "join", "leave"}
 
 
-def run(program: Callable[[], int]) -> int:
+Task = Callable[[processes.Group, dict[str, Any]], None]
+"""Something all processes do together: the group, and what JSON can hold."""
+
+
+def run(program: Callable[[], int], tasks: Mapping[str, Task] | None = None) -> int:
     """Run a program on the first of the processes that torchrun started, while the others hold parts of its targets.
 
     Args:
         program: as on one process; targets it loads by `load_target` are spread over all. Returns its exit code.
+        tasks: what else the others can be called to, by name (`call_to`).
 
     Returns:
         The program's exit code, on all processes that live.
@@ -65,7 +71,16 @@ def run(program: Callable[[], int]) -> int:
     Raises:
         ProcessLost: the processes do not find each other. One that is lost later makes the program's own passes raise.
     """
-    return processes.run(program, lambda group: _Follower(group).serve())
+    return processes.run(program, lambda group: _Follower(group, tasks or {}).serve())
+
+
+def call_to(group: processes.Group, task: str, given: dict[str, Any]) -> None:
+    """Call the other processes to something that this one will do as well; it is theirs to come to an end by itself.
+
+    Raises:
+        ProcessLost: one of them is gone.
+    """
+    group.announce({"do": "task", "task": task, "given": given, "dropped": _ledger(group).take_dropped()})
 
 
 def load_target(folder: Path, *, precision: str, device: torch.device, attention: str = "sdpa") -> CausalModel:
@@ -274,8 +289,8 @@ class _Announcer:
 class _Follower:
     """Repeats what the leader announces, with its own parts of models and caches."""
 
-    def __init__(self, group: processes.Group) -> None:
-        self.group = group
+    def __init__(self, group: processes.Group, tasks: Mapping[str, Task]) -> None:
+        self.group, self.tasks = group, tasks
         self.models: dict[int, CausalModel] = {}
         self.caches: dict[int, RollbackCache | SlotCache] = {}
 
@@ -296,6 +311,10 @@ class _Follower:
                 pass  # the leader meets the same, and says so; of a part that cannot be loaded it was told
 
     def _do(self, message: dict[str, Any]) -> None:
+        if message["do"] == "task":
+            gc.collect()  # a sharded model that was dropped is a cycle; its memory is wanted now
+            self.tasks[message["task"]](self.group, message["given"])
+            return
         if message["do"] == "load":
             part = {name: message[name] for name in ("precision", "attention")}
             loaded = load_part(self.group, Path(message["folder"]), **part)

@@ -39,11 +39,17 @@ def available_precisions(device: torch.device) -> list[str]:
         names.append("fp16_packed")
     names.append("bf16")
     # oneDNN refuses to lay out bf16 weights where it would have to emulate their products.
-    if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if blocked and has_bf16_products():
         names.append("bf16_packed")
         if "fp16_packed" in names:
             names.append("packed_by_rows")
     return names
+
+
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 by instructions of its own instead of emulating it."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def is_packed(precision: str) -> bool:

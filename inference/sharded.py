@@ -39,11 +39,11 @@ def load_part(group: processes.Group, folder: Path, *, precision: str, attention
         return model
 
     # Loading begins with a meeting, at which a process without the folder would be waited for in vain.
-    _agreed(group, lambda: check_model_folder(folder))
-    return _agreed(group, load)
+    agreed(group, lambda: check_model_folder(folder))
+    return agreed(group, load)
 
 
-def _agreed(group: processes.Group, work: Callable[[], Result]) -> Result:
+def agreed(group: processes.Group, work: Callable[[], Result]) -> Result:
     """What this process's share of some work gives, unless one of the processes refuses its own.
 
     Raises:
@@ -57,7 +57,7 @@ def _agreed(group: processes.Group, work: Callable[[], Result]) -> Result:
         refusal = str(error)
     for rank, said in enumerate(group.lines(refusal)):
         if said:
-            raise InputError(said if rank == group.rank else f"process {rank} cannot load its part: {said}")
+            raise InputError(said if rank == group.rank else f"process {rank} cannot do its part: {said}")
     return result[0]
 
 

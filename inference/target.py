@@ -18,6 +18,8 @@ from inference.precision import PRECISIONS
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+PACKED_FORMATS = ("nf4", "int8")
+TEACHER_PRECISIONS = ("fp32", "bf16", *PACKED_FORMATS)
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,10 @@ class TargetConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:N`; auto takes the GPU when there is one.
         precision: `auto` for the device profile's choice, or one of `inference.precision.PRECISIONS`.
         attention: transformers' attention implementation.
+        teacher_precision: of the target while drafts are trained: `fp32`, `bf16`, or `nf4` or `int8` (bitsandbytes)
+            where memory is short. What a draft learns is then what that copy says.
+        spread_teacher: spread its layers over the processes that train together (ZeRO stage 3), for a target too large
+            for one of them.
     """
 
     path: str = EMBEDDED
@@ -37,12 +43,20 @@ class TargetConfig:
     device: str = "auto"
     precision: str = "auto"
     attention: str = "sdpa"
+    teacher_precision: str = "fp32"
+    spread_teacher: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("target.path is empty; use `embedded`, a model folder or a Hugging Face id")
         if self.precision not in ("auto", *PRECISIONS):
             raise ValueError(f"target.precision is {self.precision!r}; use auto or one of {', '.join(PRECISIONS)}")
+
+        if self.teacher_precision not in TEACHER_PRECISIONS:
+            choices = ", ".join(TEACHER_PRECISIONS)
+            raise ValueError(f"target.teacher_precision is {self.teacher_precision!r}; use one of {choices}")
+        if self.spread_teacher and self.teacher_precision in PACKED_FORMATS:
+            raise ValueError("target.spread_teacher spreads fp32 or bf16 weights, not those of bitsandbytes")
 
     def torch_device(self) -> torch.device:
         """The device asked for.

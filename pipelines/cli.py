@@ -8,6 +8,7 @@ went wrong into one line and an exit code. What the stages do is not known here.
 
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from inference.errors import InputError, ProcessLost
 
-DONE, FAILED, BAD_INPUT, KEPT, BUSY, STOPPED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, BAD_INPUT, KEPT, BUSY, STOPPED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 """Exit codes."""
 
 COMMANDS = {
@@ -26,15 +27,17 @@ COMMANDS = {
     "score": "measure acceptance and speed of every candidate",
     "select": "choose the best pair",
     "publish": "put the chosen pair into the registry",
+    "plan": "parameters, memory, time and disk of a run before it is run, and whether it fits",
     "load": "measure throughput and latency of many requests at once; not part of all",
     "drift": "look at the traffic log: has the published pair drifted, and why",
     "realign": "one cycle of re-alignment: notice, retrain, promote only what is faster; for a timer",
     "rollback": "make the champion before this one champion again",
     "traffic": "show a traffic log, or import an engine's metrics into one: dspark traffic --help",
+    "launch": "any of these on several processes, by torchrun: dspark launch --help",
     "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
 }
 
-OWN_WORDS = {"generate": "pipelines.generate", "traffic": "pipelines.traffic_import"}
+OWN_WORDS = {"launch": "pipelines.launch", "generate": "pipelines.generate", "traffic": "pipelines.traffic_import"}
 """Commands with options of their own -> module whose `main` reads them."""
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -53,6 +56,7 @@ HELP = """dspark: build, measure and publish the draft that makes a language mod
 usage: dspark [stage] [group=choice] [key=value] ... [-m]
        dspark generate --pair FOLDER "prompt" [--temperature T] [--max-new-tokens N]
        dspark traffic show|import ...
+       dspark launch [--processes N] [--nodes N ...] [stage] [words] ...
 
 stages
 {stages}
@@ -63,6 +67,7 @@ examples
   dspark target.path=HuggingFaceTB/SmolLM2-360M-Instruct
   dspark build draft=[lookup,pruned] draft.pruned.layers=6
   dspark -m build draft=none,lookup,pruned            one run for each
+  dspark build sweep=optuna draft=pruned "draft.pruned.layers=range(2,12)"
   dspark realign target.path=/models/retrained drift.log=/var/log/dspark
   dspark --cfg job                                    show the whole configuration
   dspark score --info defaults-tree                   show where it comes from
@@ -70,7 +75,8 @@ examples
 groups and their choices (several at once: draft=[a,b])
 {groups}
 
-exit codes: 0 done, 1 failed, 2 bad input, 3 re-alignment kept the champion, 4 another run holds the registry
+exit codes: 0 done, 1 failed, 2 bad input, 3 re-alignment kept the champion, 4 another run holds the registry,
+130 and 143 stopped by ctrl-c and SIGTERM, what was done is saved
 more: --hydra-help, --version
 """
 
@@ -96,16 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     # busy neighbour on the machine makes each pass many times dearer; this much spinning costs nothing on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return _on_all_processes(lambda: _run(words))
+        return _on_all_processes(lambda: _noted(_run(words)))
     return _run(words)
 
 
 def _on_all_processes(program: Callable[[], int]) -> int:
-    """Under torchrun, run a program on the first process; the others hold parts of its targets until it ends."""
+    """Under torchrun, run a program on the first process; the others hold parts of its targets and train with it."""
     try:
-        code: int = importlib.import_module("inference.parallel").run(program)
+        ranks = importlib.import_module("pipelines.ranks")
+        code: int = importlib.import_module("inference.parallel").run(program, {ranks.TASK: ranks.come})
     except Exception as error:
         return _end(ending(error, words=()))
+    return code
+
+
+def _noted(code: int) -> int:
+    """Leave the exit code where `dspark launch` finds it, which torchrun does not pass on."""
+    importlib.import_module("pipelines.launch").leave_code(code)
     return code
 
 
@@ -173,6 +186,8 @@ def hydra_words(words: Sequence[str]) -> list[str]:
             overrides.append(f"stage={_stage(word)}")
     if takes is not None and options[-1] not in OPTIONAL_VALUE:
         raise InputError(f"{options[-1]} needs a value", mend=f"one of {', '.join(takes)}" if takes else "")
+    if not options and any(word.startswith("sweep=") and word != "sweep=null" for word in overrides):
+        options.append("--multirun")  # hydra.mode says so too, but Hydra does not read it beside a word that is wrong
     return [*overrides, *options]
 
 
@@ -204,22 +219,34 @@ def _run_hydra(words: list[str]) -> int:
 
     from pipelines.composition import CONF, PRIMARY, VERSION_BASE
     from pipelines.config import register
+    from pipelines.sweeps import conclude
+    from train.signals import Stopped
 
     register()
     entry = hydra.main(version_base=VERSION_BASE, config_path=f"pkg://{CONF}", config_name=PRIMARY)(job)
     with _command_line(words):
         try:
-            entry()
+            conclude(entry)
         except SystemExit as end:  # of a job, or of Hydra after --info and its like
+            if isinstance(end, Stopped):
+                saved = f"step {end.step} of the training is saved"
+                return _end(Ending(TERMINATED, f"stopped by SIGTERM, {saved}; resume with: {resume_with(words)}"))
             return end.code if isinstance(end.code, int) else DONE if end.code is None else FAILED
     return DONE
+
+
+def resume_with(words: Sequence[str]) -> str:
+    """The command that goes on with a run of these Hydra words."""
+    stage = next((word.partition("=")[2] for word in words if word.startswith("stage=")), "")
+    others = [shlex.quote(word) for word in words if not word.startswith("stage=")]
+    return " ".join(filter(None, ("dspark", stage if stage != "all" else "", *others)))
 
 
 def job(cfg: Any) -> float:
     """One job of Hydra's: convert the configuration, run the stages, return the objective for a sweeper.
 
     A single run that ends badly leaves at once with its line and exit code. In a multirun the exception goes back to
-    Hydra, so that sweepers and remote launchers know which job failed.
+    Hydra, which tells `pipelines.sweeps`: the sweep goes on without that trial.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -228,6 +255,8 @@ def job(cfg: Any) -> float:
 
     try:
         run = typed(cfg)
+        ranks = importlib.import_module("pipelines.ranks")
+        ranks.WORDS.set(ranks.words_of_job() if HydraConfig.initialized() else None)
         objective: float = importlib.import_module("pipelines.run").run(run, run.stage)
         return objective
     except Exception as error:
@@ -244,13 +273,14 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
         error: what ended the run.
         words: words of the command line, to find the names nearest to a wrong one.
     """
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     from pipelines.composition import explain
     from pipelines.errors import ChampionKept, StageFailed
     from pipelines.files import write_error
     from pipelines.locks import RegistryBusy
+    from pipelines.sweeps import missing_extra
     from train.errors import TrainingError
 
     if isinstance(error, RegistryBusy):
@@ -261,6 +291,8 @@ def ending(error: Exception, *, words: Sequence[str]) -> Ending:
         return Ending(KEPT, str(error))
     if isinstance(error, (StageFailed, ProcessLost)):
         return Ending(FAILED, str(error))
+    if isinstance(error, MissingConfigException) and (extra := missing_extra(error)):
+        return Ending(BAD_INPUT, str(extra))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return Ending(BAD_INPUT, explain(error, words=[word for word in words if "=" in word]))
     if isinstance(error, (ValueError, TypeError)) and _raised_in(error).partition(".")[0] in ("hydra", "omegaconf"):
@@ -300,5 +332,5 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # by its own name, so that jobs of a sweep find it again in their processes
+    sys.exit(importlib.import_module("pipelines.cli").main())

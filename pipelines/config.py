@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from inference.target import TargetConfig
     from pipelines.drift.config import DriftConfig
     from pipelines.load import LoadConfig
+    from pipelines.planning.config import PlanningConfig
     from pipelines.publish import PublishConfig
     from pipelines.realign.config import RealignConfig
     from pipelines.score import ScoreConfig
     from pipelines.select import SelectConfig
     from train.loop import TrainerConfig
 else:  # Hydra takes any node here (the group's own schema checks it), and reading this file must not import torch
-    DecodeConfig = DriftConfig = LoadConfig = PublishConfig = RealignConfig = Any
+    DecodeConfig = DriftConfig = LoadConfig = PlanningConfig = PublishConfig = RealignConfig = Any
     ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
 
 STAGES = ("corpus", "build", "score", "select", "publish")
 """The stages of a run, in the order in which "all" runs them."""
 
-EXTRA = ("load", "drift", "realign", "rollback")
-"""What is run by name alone: it needs a run, or a published pair, that is there."""
+EXTRA = ("plan", "load", "drift", "realign", "rollback")
+"""What is run by name alone: all but `plan` need a run, or a published pair, that is there."""
 
 PLUGINS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("distill.prompts",),
@@ -58,6 +59,7 @@ SCHEMAS: Mapping[str, str] = {
     "score": "pipelines.score:ScoreConfig",
     "select": "pipelines.select:SelectConfig",
     "load": "pipelines.load:LoadConfig",
+    "plan": "pipelines.planning.config:PlanningConfig",
     "publish": "pipelines.publish:PublishConfig",
     "drift": "pipelines.drift.config:DriftConfig",
     "realign": "pipelines.realign.config:RealignConfig",
@@ -129,6 +131,7 @@ class RunConfig:
         score: what is measured.
         select: limits and tie rules.
         load: which loads are put on the batch engine.
+        plan: machines, corpus and target that `dspark plan` assumes.
         publish: name and contents of the published pair.
         drift: what counts as drift, and where traffic is logged.
         realign: what a re-alignment may spend, and when it promotes.
@@ -151,6 +154,7 @@ class RunConfig:
     score: ScoreConfig = MISSING
     select: SelectConfig = MISSING
     load: LoadConfig = MISSING
+    plan: PlanningConfig = MISSING
     publish: PublishConfig = MISSING
     drift: DriftConfig = MISSING
     realign: RealignConfig = MISSING
@@ -201,7 +205,13 @@ def register(*, groups: Mapping[str, tuple[str, ...]] = PLUGINS, schemas: Mappin
     for group, place in schemas.items():
         name, _, member = place.partition(":")
         store.store(group=group, name=f"base_{group}", node=getattr(importlib.import_module(name), member))
-    OmegaConf.register_new_resolver("process_id", os.getpid, replace=True)
+    store.store(group="hydra/callbacks", name="trials", node={"trials": {"_target_": "pipelines.sweeps.Trials"}})
+    register_resolvers()
+
+
+def register_resolvers() -> None:
+    """Let configurations say `${process_id:}`, the same for all jobs of a sweep, and `${package_file:package/name}`."""
+    OmegaConf.register_new_resolver("process_id", os.getpid, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
 
 

@@ -26,6 +26,7 @@ from inference.generation import generate_batch
 from inference.model import CausalModel, load_tokenizer
 from inference.sampling import SamplingSettings
 from inference.target import config_shape, stop_tokens
+from pipelines import lineage
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
 from pipelines.files import content_digest, plain, write_json, write_text
@@ -77,7 +78,9 @@ def run_corpus(context: RunContext) -> Artifact:
     Raises:
         InputError: a source or a server fails, no prompt is left, or the disk is full.
     """
-    return context.store.obtain(corpus_spec(context), make=lambda work: _make(context, work))
+    spec = corpus_spec(context)
+    settings = {"responses": context.plan.responses, "seed": spec.seed}
+    return lineage.obtain(context, spec, name="", make=lambda work, _: _make(context, work), settings=settings)
 
 
 def read_prompts(folder: Path) -> list[SplitPrompt]:

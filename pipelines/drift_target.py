@@ -52,6 +52,7 @@ from train.errors import TrainingError
 from train.loop import fit
 from train.optimizers.adamw import Config as AdamW
 from train.results import LossOutput
+from train.trackers import NoTracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -341,7 +342,7 @@ def _training_precision(device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or "bf16_packed" in available_precisions(device) else "fp32"
 
 
-class _Losses:
+class _Losses(NoTracker):
     """A tracker that remembers the step reached and the mean loss before it."""
 
     def __init__(self) -> None:
@@ -350,9 +351,6 @@ class _Losses:
     def log(self, step: int, metrics: dict[str, float], /) -> None:
         """Keep what came last; evaluations have no loss."""
         self.step, self.loss = step, metrics.get("loss", self.loss)
-
-    def finish(self) -> None:
-        """Do nothing."""
 
 
 @contextmanager

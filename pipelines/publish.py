@@ -22,6 +22,8 @@ from pipelines.corpus import read_prompts
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.errors import StageFailed
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
+from pipelines.lineage import publish as track_pair
+from pipelines.lineage import tracked
 from pipelines.registry import CHAMPION, move_alias, next_version, versions
 from pipelines.report import markdown_table, scorecard_rows
 from pipelines.score import (
@@ -100,13 +102,26 @@ def run_publish(
     decision = read_decision(select)
     lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {})
     root = cfg.paths.registry
-    version = _published(root, cfg.publish.name, select.digest)
-    if version is None:
-        version = _publish(context, decision, lineage)
-    else:
+    found = _published(root, cfg.publish.name, select.digest)
+    version = found or _publish(context, decision, lineage)
+    if found:
         logger.info("publish: unchanged, skipped (%s)", version)
     move_alias(root, cfg.publish.name, CHAMPION, version.name, reason=decision.reason)
+    if not found:
+        _track(context, decision, lineage, version)
     return version
+
+
+def _track(context: RunContext, decision: Decision, lineage: Lineage, version: Path) -> None:
+    """Tell the run's tracker what the new version comes from."""
+    speedups = {candidate.arm: candidate.speedup.value for candidate in decision.candidates}
+    track_pair(
+        context,
+        version,
+        digest=sha256_file(version / PAIR_FILE),
+        uses=[tracked(context, lineage.corpus), tracked(context, lineage.draft, decision.winner)],
+        metadata={"version": version.name, "draft": decision.winner, "reason": decision.reason, "speedups": speedups},
+    )
 
 
 def _published(root: Path, name: str, select_digest: str) -> Path | None:

@@ -18,6 +18,8 @@ from pipelines.corpus import corpus_spec, run_corpus
 from pipelines.drift.report import run_drift
 from pipelines.load import LOAD_PLOT_FILE, LOAD_TABLE_FILE, check_load_draft, run_load
 from pipelines.locks import registry_lock
+from pipelines.planning.stage import run_planning
+from pipelines.preflight import check_training
 from pipelines.publish import run_publish, summary
 from pipelines.realign.cycle import FOLDER as REALIGN_FOLDER
 from pipelines.realign.stage import champion_folder, run_realign
@@ -41,13 +43,15 @@ def run(cfg: RunConfig, stage: str) -> float:
         The stage's objective, for sweepers to maximise: response tokens (corpus), mean held-out acceptance of the
         trained drafts (build), measured speedup of the best draft (score), of the chosen one (select, publish, all),
         mean throughput under load over target-only decoding (load), alarms (drift), speed over the champion before
-        (realign, rollback: 1).
+        (realign, rollback: 1), 1 when a plan fits (plan).
 
     Raises:
         InputError: bad input, or an earlier stage has not been run.
         RegistryBusy: another run holds the registry.
         ChampionKept: a re-alignment ran and did not promote.
     """
+    if stage == "plan":
+        return run_planning(cfg)
     if stage in _ON_PAIRS:
         with nullcontext() if stage == "drift" else registry_lock(cfg.paths.registry):
             return _ON_PAIRS[stage](cfg)
@@ -96,6 +100,8 @@ def _check(cfg: RunConfig, stage: str) -> None:
         InputError: a word asks for what the other words do not give.
     """
     check_needed(cfg)
+    if stage in ("all", "corpus", "build"):
+        check_training(cfg)
     if stage == "load":
         check_load_draft(cfg)
     if stage in ("all", "score"):

@@ -36,6 +36,10 @@ def test_it_composes_and_validates(name: str) -> None:
         hydra = composed(f"{group}={choice}", with_hydra=True).hydra
         assert hydra.runtime.choices[group] == choice
         return
+    if group == "sweep":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `sweep`")
+        assert composed(f"{group}={choice}", with_hydra=True).hydra.mode.name == "MULTIRUN"
+        return
     run = config.typed(composed(f"{group}={choice}"))
     if group == "experiment":
         return

@@ -5,6 +5,7 @@ model some training loop moves and which then saves itself. The folder either wa
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import torch
 
+from distill.on_policy import OnPolicy
 from inference.drafters import DRAFT_FILE
 from inference.loading import quiet_transformers
 from inference.model import CausalModel
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FORWARD = 1.0 / 3.0
+"""Work of a pass alone over that of training: one product of three."""
+_DECODED = 5.0 / 3.0
+"""Work of a token written by the student over that of one trained: weights are read for few rows. From a run of four
+conversations on one CPU core."""
 _TOKENIZER_GLOBS = ("*.model", "vocab.*", "merges.txt", "added_tokens.json")
 
 
@@ -60,11 +67,24 @@ class TrainedConfig:
         sequences_per_step: conversations in one micro-batch.
         max_tokens: longer conversations are cut, in tokens.
         chunk_tokens: positions whose vocabulary-wide rows exist at one time.
+        bucket_batches: micro-batches sorted by length together, so that less of each is padding; 0 for none.
+        on_policy_share: of the micro-batches, how many the student writes itself and the target scores; 0 to 1.
+        on_policy_tokens: longest of its answers, in tokens.
+        on_policy_temperature: at which it writes them; 0 is greedy.
+        keep_share: share of a micro-batch's supervised tokens that is learned from: those where the student lags
+            furthest behind the reference; 1 for all, whatever the reference.
+        reference: a trained draft of the same target: a draft folder, or the name of a draft in the list of drafts.
     """
 
     sequences_per_step: int = 4
     max_tokens: int = 512
     chunk_tokens: int = 128
+    bucket_batches: int = 16
+    on_policy_share: float = 0.0
+    on_policy_tokens: int = 64
+    on_policy_temperature: float = 1.0
+    keep_share: float = 1.0
+    reference: str = ""
 
     trained = True
     lr = 0.0
@@ -73,6 +93,21 @@ class TrainedConfig:
     """Part of the time for training, by that of the other trained drafts."""
     training_overhead = 1.8
     """Time of a step over that of its products: attention, losses, evaluation. From runs on two CPUs."""
+
+    def on_policy(self, stop_tokens: frozenset[int]) -> OnPolicy | None:
+        """What the student writes itself, if anything.
+
+        Args:
+            stop_tokens: the target's; each ends an answer.
+        """
+        if self.on_policy_share == 0.0:
+            return None
+        return OnPolicy(
+            share=self.on_policy_share,
+            max_new_tokens=self.on_policy_tokens,
+            temperature=self.on_policy_temperature,
+            stop_tokens=stop_tokens,
+        )
 
     def num_layers(self, num_target_layers: int) -> int:
         """Decoder layers of the student, for the time plan."""
@@ -92,13 +127,37 @@ class TrainedConfig:
         Returns:
             token-layers, and positions that go through a head of the target's size.
         """
+        layers, share = self.num_layers(num_target_layers), self.on_policy_share
         tokens = min(self.max_tokens, prompt_tokens + response_tokens)
-        return self.num_layers(num_target_layers) * tokens, response_tokens
+        own_tokens = min(self.max_tokens, prompt_tokens + self.on_policy_tokens)
+        read = layers * tokens, response_tokens
+        written = (
+            layers * own_tokens + layers * self.on_policy_tokens * _DECODED + num_target_layers * own_tokens * _FORWARD,
+            self.on_policy_tokens * (1.0 + _DECODED),
+        )
+        token_layers, positions = ((1.0 - share) * r + share * w for r, w in zip(read, written, strict=True))
+        if self.keep_share == 1.0:
+            return token_layers, positions
+        # The reference reads what the student does; to find what is kept takes as many products as to learn from all.
+        return token_layers * (1.0 + _FORWARD), positions * (1.0 + self.keep_share)
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_step", "max_tokens", "chunk_tokens"):
+        for name in ("sequences_per_step", "max_tokens", "chunk_tokens", "on_policy_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"draft.{name} is {getattr(self, name)}; use at least 1")
+        if self.bucket_batches < 0:
+            raise ValueError(f"draft.bucket_batches is {self.bucket_batches}; use 0 to sort nothing, or a number")
+        if not 0.0 <= self.on_policy_share <= 1.0:
+            raise ValueError(f"draft.on_policy_share is {self.on_policy_share}; use a share between 0 and 1")
+        if not 0.0 <= self.on_policy_temperature < math.inf:
+            raise ValueError(f"draft.on_policy_temperature is {self.on_policy_temperature}; use 0 or more")
+        if not 0.0 < self.keep_share <= 1.0:
+            raise ValueError(f"draft.keep_share is {self.keep_share}; use a share above 0, where 1 keeps all tokens")
+        if self.keep_share < 1.0 and not self.reference:
+            raise ValueError(
+                f"draft.keep_share is {self.keep_share} without a draft.reference; name a trained draft of this "
+                "target, a folder or one in the list of drafts, or keep all with 1"
+            )
 
 
 def write_spec(folder: Path, spec: dict[str, object]) -> None:

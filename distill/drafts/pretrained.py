@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.drafts import DraftContext, Student, TrainedConfig, save_model
 from inference.errors import InputError
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 
 _ADAPTERS = ("none", "lora", "qlora")
+_PROBED_TOKENS = 32
+_MERGE_TOLERANCE = 1e-4
+"""Of the largest logit: a merge adds two fp32 products in another order."""
 
 
 @contextmanager
@@ -22,6 +27,32 @@ def _newer_transformers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         yield
+
+
+@torch.no_grad()
+def _probed(model: torch.nn.Module) -> torch.Tensor:
+    """Logits `[T, V]` of some tokens, without dropout."""
+    model.eval()
+    config: Any = model.config
+    tokens = torch.arange(_PROBED_TOKENS, device=next(model.parameters()).device) % config.vocab_size
+    logits: torch.Tensor = model(input_ids=tokens[None]).logits[0]
+    return logits
+
+
+def _check_merged(before: torch.Tensor, after: torch.Tensor, *, where: Path) -> None:
+    """Refuse a merge that changed what the model says.
+
+    Raises:
+        InputError: logits differ by more than rounding.
+    """
+    scale = float(before.abs().max())
+    off = float((before - after).abs().max())
+    if not off <= _MERGE_TOLERANCE * max(scale, 1.0):
+        raise InputError(
+            f"merged adapters give other logits, off by {off:.2g} of {scale:.2g}",
+            where=str(where),
+            mend="report this; the adapters themselves are in the last checkpoint",
+        )
 
 
 @dataclass(kw_only=True)
@@ -86,8 +117,6 @@ class Config(TrainedConfig):
 
         quantization: Any = None
         if self.adapter == "qlora":
-            import torch
-
             from inference.drafters.quantized import quantization_config
 
             compute = torch.float32 if context.device.type == "cpu" else torch.bfloat16
@@ -106,13 +135,20 @@ class Config(TrainedConfig):
         return model
 
     def _save_merged(self, model: CausalModel, base: Path, folder: Path, context: DraftContext) -> None:
-        """Merge adapters into the full-precision checkpoint, whatever they were trained on."""
+        """Merge adapters into the full-precision checkpoint, whatever they were trained on.
+
+        Raises:
+            InputError: the merged model says something else than checkpoint and adapters, each by itself.
+        """
         from peft import PeftModel
 
         adapter = folder / ".adapter"
         self._peft.save_pretrained(adapter, safe_serialization=True)
         full = load_causal_model(base, precision="fp32", device=context.device)
         with _newer_transformers():
-            merged = PeftModel.from_pretrained(full.model, adapter).merge_and_unload()
+            adapted = PeftModel.from_pretrained(full.model, adapter)
+            before = _probed(adapted)
+            merged = adapted.merge_and_unload()
+        _check_merged(before, _probed(merged), where=folder)
         save_model(CausalModel(merged, folder=base), folder, tokenizer_from=base)
         shutil.rmtree(adapter)

@@ -37,6 +37,40 @@ def quantization_config(weight_format: str, *, compute_dtype: torch.dtype) -> An
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
+def check_packed_step(weight_format: str, device: torch.device) -> None:
+    """Refuse a format whose products, forward and backward, this build of bitsandbytes cannot do on a device; tried on
+    one small layer.
+
+    Raises:
+        InputError: it cannot, or bitsandbytes is not installed.
+    """
+    quantization_config(weight_format, compute_dtype=torch.float32)
+    import bitsandbytes
+
+    packed: Any = bitsandbytes.nn
+    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        with torch.random.fork_rng([]), torch.enable_grad():
+            if weight_format == "nf4":
+                layer = packed.Linear4bit(128, 128, bias=False, compute_dtype=compute, quant_type="nf4").to(device)
+            else:
+                layer = packed.Linear8bitLt(128, 128, bias=False, has_fp16_weights=False).to(device)
+            rows = torch.ones(4, 128, dtype=compute, device=device, requires_grad=True)
+            layer(rows).sum().backward()
+            worked = rows.grad is not None and bool(torch.isfinite(rows.grad).all())
+    except Exception as error:  # whatever a build without kernels for this device throws
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        worked = False
+    else:
+        reason = "the gradient is not finite"
+    if not worked:
+        raise InputError(
+            f"bitsandbytes {bitsandbytes.__version__} cannot train through {weight_format} on {device}: {reason}",
+            where="bitsandbytes",
+            mend="use draft.<name>.adapter=lora or target.teacher_precision=fp32",
+        )
+
+
 def load(spec: dict[str, object], context: LoadContext) -> ModelDrafter:
     """See `load_drafter`; quantizes the target's folder while loading, so the draft folder holds no weights."""
     kept = spec.get("kept_layers")

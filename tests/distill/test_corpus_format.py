@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill import corpus
-from distill.corpus import Sample, read_corpus, read_shard, shard_name, shard_written, write_shard
+from distill.conversation import Conversation, in_memory
+from distill.corpus import Sample, read_corpus, read_shard, read_shards, shard_name, shard_written, write_shard
 from inference.errors import InputError
 
 
@@ -32,7 +33,7 @@ def _sample(index: int, *, length: int, supervised: int, states: bool = True) ->
 SAMPLES = [_sample(0, length=7, supervised=3), _sample(1, length=4, supervised=1), _sample(2, length=9, supervised=8)]
 
 
-def _same(one: Sample, other: Sample) -> bool:
+def _same(one: Conversation, other: Conversation) -> bool:
     fields = ("id", "domain", "source", "split", "text")
     if any(getattr(one, f) != getattr(other, f) for f in fields):
         return False
@@ -124,7 +125,9 @@ def test_a_torn_token_file_is_refused(shard: Path, length: int) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b'{"id": "p0"', b"\xff\xfe\n", b"nonsense\n"])
+@pytest.mark.parametrize(
+    "content", [b'{"id": "p0"', b"\xff\xfe\n", b"nonsense\n", b"[1]\n", b'{"id": "p0", "split": "train"}\n']
+)
 def test_a_torn_line_file_is_refused(shard: Path, content: bytes) -> None:
     shard.with_suffix(".jsonl").write_bytes(content)
     with pytest.raises(InputError, match="unreadable shard"):
@@ -171,3 +174,71 @@ def test_a_gap_between_shards_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the corpus holds no shards .*: run `dspark corpus`"):
         read_corpus(tmp_path)
+
+
+# What is on disk stays there
+
+
+EDGES = [
+    # Without a response, and the next one's does not begin with its first token.
+    _sample(3, length=6, supervised=0),
+    replace(_sample(6, length=8, supervised=4), mask=torch.tensor([0, 0, 1, 0, 1, 1, 0, 1]).bool()),
+    _sample(4, length=1, supervised=1),
+    _sample(5, length=5, supervised=5),
+]
+
+
+def test_lengths_and_responses_are_known_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path, 0, SAMPLES)
+    write_shard(tmp_path, 1, EDGES)
+    write_shard(tmp_path, 2, [replace(s, states=None) for s in EDGES])
+    read = read_corpus(tmp_path)
+    monkeypatch.setattr(corpus._Files, "line", None)
+    monkeypatch.setattr(corpus.StoredSample, "_rows", None)
+    names = ("num_tokens", "num_response_tokens", "first_response", "split")
+    for one, other in zip(read, [*SAMPLES, *EDGES, *EDGES], strict=True):
+        assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
+    assert [s.first_response for s in read] == [4, 3, 1, 6, 2, 0, 0, 6, 2, 0, 0]
+    assert [s.has_states for s in read] == [True] * 7 + [False] * 4
+
+
+def test_a_stored_conversation_is_one_in_memory_once_it_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, EDGES)
+    for one, other in zip(read_shard(tmp_path, 0), EDGES, strict=True):
+        copy = in_memory(one, states=one.states)
+        assert isinstance(copy, Sample) and _same(copy, other)
+        assert torch.equal(one.stated, other.stated)
+        assert torch.equal(one.states_of(one.mask).float(), other.states_of(other.mask))
+
+
+def test_shards_and_the_whole_corpus_are_the_same_conversations(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, SAMPLES[:2])
+    write_shard(tmp_path, 1, SAMPLES[2:])
+    shards, whole = read_shards(tmp_path), read_corpus(tmp_path)
+    assert [len(shard) for shard in shards] == [2, 1] and len(whole) == 3
+    assert all(map(_same, [*shards[0], *shards[1]], whole))
+    assert [(s.shard, s.start) for s in whole] == [(0, 0), (0, 7), (1, 0)]
+    assert _same(whole[-1], SAMPLES[2]) and [s.id for s in whole[1:]] == ["p1", "p2"]
+    with pytest.raises(IndexError):
+        whole[3]
+
+
+def test_few_shards_are_open_at_a_time_and_all_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_OPEN_FILES", 2)
+    for index in range(5):
+        write_shard(tmp_path, index, SAMPLES)
+    read = read_corpus(tmp_path)
+    assert all(map(_same, read, SAMPLES * 5))
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert len(mapped) <= 2
+
+
+def test_a_file_that_is_gone_when_it_is_asked_for_is_refused(shard: Path) -> None:
+    read = read_corpus(shard.parent)
+    read._files.tensors.cache_clear()
+    for suffix in (".safetensors", ".jsonl"):
+        shard.with_suffix(suffix).unlink()
+    with pytest.raises(InputError, match="unreadable shard"):
+        read[0].tokens  # noqa: B018
+    with pytest.raises(InputError, match="unreadable shard"):
+        read[0].text  # noqa: B018

@@ -1,9 +1,14 @@
 """Batches are a pure function of the step, line up with the target's own rows, and teach."""
 
+import logging
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from distill.corpus import Sample
+from distill.conversation import Conversation
+from distill.corpus import Sample, read_shards, write_shard
 from distill.distillation import Distillation, capture_states
 from distill.objectives import cross_entropy, forward_kl
 from inference.errors import InputError
@@ -24,7 +29,7 @@ def target() -> CausalModel:
     return _model(seed=0)
 
 
-def _samples(target: CausalModel, count: int = 7, *, validation: int = 3) -> list[Sample]:
+def _samples(target: CausalModel, count: int = 7, *, validation: int = 3) -> list[Conversation]:
     """Random sequences of several lengths with two supervised stretches."""
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -48,7 +53,12 @@ def _samples(target: CausalModel, count: int = 7, *, validation: int = 3) -> lis
 
 
 def _distillation(
-    target: CausalModel, *, student: CausalModel | None = None, max_tokens: int = 512, seed: int = 0
+    target: CausalModel,
+    *,
+    student: CausalModel | None = None,
+    max_tokens: int = 512,
+    seed: int = 0,
+    bucket_batches: int = 0,
 ) -> Distillation:
     return Distillation(
         student or _model(seed=1, layers=1),
@@ -59,6 +69,7 @@ def _distillation(
         max_tokens=max_tokens,
         chunk_tokens=5,
         seed=seed,
+        bucket_batches=bucket_batches,
     )
 
 
@@ -218,3 +229,99 @@ def test_states_already_kept_are_kept(target: CausalModel) -> None:
     for sample in samples:
         assert sample.states is not None and sample.states.shape == (sample.tokens.shape[0] - 1, 32)
         assert sample.states.dtype == torch.bfloat16
+
+
+# Lengths, counts, weights
+
+
+def test_sorted_windows_pad_less_and_hold_the_same_conversations(target: CausalModel) -> None:
+    def shapes(bucket_batches: int) -> tuple[list[int], int]:
+        task = _distillation(target, bucket_batches=bucket_batches)
+        masks = [task.batch(step, 0)["attention"] for step in range(7)]
+        lengths = [int(n) for mask in masks for n in mask.sum(1)]
+        return lengths, sum(mask.numel() for mask in masks) - sum(lengths)
+
+    (plain, padding), (by_length, less) = shapes(0), shapes(4)
+    # Seven conversations by two: two epochs, each whole.
+    assert all(sorted(by_length[at : at + 7]) == sorted(plain[at : at + 7]) for at in (0, 7))
+    assert less < padding
+
+
+def test_sorted_batches_are_a_pure_function_of_the_step_too(target: CausalModel) -> None:
+    one, other = (_distillation(target, bucket_batches=3) for _ in range(2))
+    for step in (9, 0, 4):
+        one.batch(step + 1, 0)
+        assert _equal(one.batch(step, 1, accumulation=2), other.batch(2 * step + 1, 0))
+
+
+def test_what_is_left_out_and_cut_is_counted_and_logged(target: CausalModel, caplog: pytest.LogCaptureFixture) -> None:
+    samples = _samples(target)
+    silent = replace(samples[0], mask=torch.zeros(10, dtype=torch.bool), states=torch.zeros(9, 32))
+    with caplog.at_level(logging.INFO, logger="distill.selection"):
+        task = Distillation(
+            _model(seed=1),
+            target,
+            [silent, *samples],
+            objective=forward_kl.Config().build(),
+            sequences_per_step=2,
+            max_tokens=20,
+            chunk_tokens=5,
+            seed=0,
+        )
+    # Lengths 10, 13, ... 28 for training, 31, 34, 37 for validation.
+    assert task.counts == {
+        "samples": 7,
+        "validation_samples": 3,
+        "samples_without_response": 1,
+        "samples_cut": 3 + 3,
+        "tokens_cut": (2 + 5 + 8) + (11 + 14 + 17),
+    }
+    assert len(caplog.records) == 1 and "6 cut at 20 tokens lose 57" in caplog.text
+
+
+@pytest.mark.parametrize("max_tokens", [512, 14])
+def test_the_weight_of_a_batch_is_known_before_the_loss(target: CausalModel, max_tokens: int) -> None:
+    task = _distillation(target, max_tokens=max_tokens)
+    for step in range(4):
+        batch = task.batch(step, 0)
+        assert task.weight(batch) == task.loss(batch).tokens
+
+
+# From disk
+
+
+def test_a_corpus_on_disk_gives_the_batches_of_one_in_memory(target: CausalModel, tmp_path: Path) -> None:
+    samples = _samples(target)
+    for index in range(2):
+        write_shard(tmp_path, index, samples[5 * index : 5 * index + 5])
+    stored = [sample for shard in read_shards(tmp_path) for sample in shard]
+    tasks = [
+        Distillation(
+            _model(seed=1),
+            target,
+            some,
+            objective=forward_kl.Config().build(),
+            sequences_per_step=3,
+            max_tokens=20,
+            chunk_tokens=5,
+            seed=0,
+            bucket_batches=2,
+        )
+        for some in (samples, stored)
+    ]
+    assert tasks[0].counts == tasks[1].counts
+    assert all(_equal(tasks[0].batch(step, 0), tasks[1].batch(step, 0)) for step in range(6))
+    assert tasks[0].evaluate() == tasks[1].evaluate()
+
+
+def test_captured_states_of_a_stored_corpus_are_those_of_one_in_memory(target: CausalModel, tmp_path: Path) -> None:
+    samples = _samples(target)
+    write_shard(tmp_path, 0, [replace(sample, states=None) for sample in samples])
+    [bare] = read_shards(tmp_path)
+    write_shard(tmp_path, 0, capture_states(target, bare))
+    [stated] = read_shards(tmp_path)
+    for one, other in zip(stated, samples, strict=True):
+        assert one.states is not None and other.states is not None
+        assert torch.equal(one.states, other.states) and torch.equal(one.tokens, other.tokens)
+        assert not any(tensor.is_inference() for tensor in (one.tokens, one.mask, one.states_of(one.stated)))
+        assert (one.id, one.split) == (other.id, other.split)

@@ -1,8 +1,10 @@
 """How drafts are made: what is trained, what is frozen, and that the folder written is the draft that was trained."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from distill.drafts import lookup as lookup_draft
 from distill.drafts import made as made_draft
 from distill.drafts import none as no_draft
 from distill.drafts import quantized as quantized_draft
+from distill.on_policy import OnPolicy
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
@@ -153,11 +156,50 @@ def test_pruned_settings_out_of_range_are_refused(context: DraftContext) -> None
         pruned.Config(layers=4).student(context)
 
 
-@pytest.mark.parametrize("field", ["sequences_per_step", "max_tokens", "chunk_tokens"])
+@pytest.mark.parametrize("field", ["sequences_per_step", "max_tokens", "chunk_tokens", "on_policy_tokens"])
 def test_every_trained_kind_checks_its_batch(field: str) -> None:
     for kind in (TrainedConfig, pruned.Config, pretrained.Config):
         with pytest.raises(ValueError, match=f"draft.{field} is 0; use at least 1"):
             kind(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bucket_batches": -1}, "draft.bucket_batches is -1; use 0 to sort nothing"),
+        ({"on_policy_share": 1.5}, "draft.on_policy_share is 1.5; use a share between 0 and 1"),
+        ({"on_policy_temperature": -0.1}, "draft.on_policy_temperature is -0.1; use 0 or more"),
+        ({"on_policy_temperature": math.inf}, "draft.on_policy_temperature is inf; use 0 or more"),
+        ({"keep_share": 0.0, "reference": "pruned"}, "draft.keep_share is 0.0; use a share above 0"),
+        ({"keep_share": math.nan}, "draft.keep_share is nan; use a share above 0"),
+        ({"keep_share": 0.4}, "draft.keep_share is 0.4 without a draft.reference; name a trained draft"),
+    ],
+)
+def test_every_trained_kind_checks_what_it_learns_from(settings: dict[str, Any], message: str) -> None:
+    for kind in (TrainedConfig, pruned.Config, pretrained.Config):
+        with pytest.raises(ValueError, match=message):
+            kind(**settings)
+
+
+def test_a_student_writes_itself_only_where_it_is_asked_to() -> None:
+    assert TrainedConfig().on_policy(frozenset({1})) is None
+    made = TrainedConfig(on_policy_share=0.25, on_policy_tokens=9, on_policy_temperature=0.7).on_policy(frozenset({1}))
+    assert made == OnPolicy(share=0.25, max_new_tokens=9, temperature=0.7, stop_tokens=frozenset({1}))
+
+
+def test_what_a_step_costs_counts_the_passes_beside_the_students() -> None:
+    def work(**settings: Any) -> tuple[float, float]:
+        return pruned.Config(layers=2, on_policy_tokens=30, **settings).step_work(
+            prompt_tokens=60, response_tokens=40, num_target_layers=12, vocab_size=100
+        )
+
+    assert work() == (2 * 100, 40)
+    # A third more for a reference of as many layers; the head for all tokens, and once more for those kept.
+    assert work(keep_share=0.25, reference="x") == pytest.approx((2 * 100 * 4 / 3, 40 * 1.25))
+    # Prompt and 30 tokens through the student, these decoded at 5/3 each, and all through the target, at a third.
+    own = (2 * 90 + 2 * 30 * 5 / 3 + 12 * 90 / 3, 30 * 8 / 3)
+    assert work(on_policy_share=1.0) == pytest.approx(own)
+    assert work(on_policy_share=0.5) == pytest.approx(((200 + own[0]) / 2, (40 + own[1]) / 2))
 
 
 def test_a_saved_student_is_a_whole_folder_in_bf16(

@@ -443,6 +443,31 @@ def test_soft_caps_and_scales_of_the_targets_head_are_the_teachers_too(family: s
         assert float(distillation.loss(batch).loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_of_a_batch_is_known_before_the_loss(
+    target: CausalModel, kind: str, reduced: bool, decay: float
+) -> None:
+    config = replace(KINDS[kind], position_decay=decay, sequences_per_step=3, anchors=4)
+    distillation = _distillation(target, config, _samples(target), vocabulary=HALF if reduced else None)
+    for step in range(3):
+        batch = distillation.batch(step, 0)
+        assert distillation.weight(batch) == pytest.approx(distillation.loss(batch).tokens, rel=1e-6)
+
+
+def test_what_is_left_out_and_cut_is_counted(target: CausalModel) -> None:
+    # The responses begin at 4, 3, 1, 2 and 5, in conversations of 12, 20, 9, 30 and 16; at 5 the fifth has none, and
+    # nothing lies before the third's first token, but it goes on until 4.
+    assert _coded_distillation(target, max_tokens=5).counts == {
+        "samples": 4,
+        "validation_samples": 0,
+        "samples_without_response": 1,
+        "samples_cut": 4,
+        "tokens_cut": 7 + 15 + 4 + 25,
+    }
+
+
 def test_without_a_decay_all_slots_weigh_alike(target: CausalModel) -> None:
     distillation = _distillation(target, replace(KINDS["dflash"], position_decay=0.0), _samples(target))
     batch = distillation.batch(0, 0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from distill.corpus import Sample, write_shard
+from distill.corpus import Sample, read_corpus, read_shards, write_shard
 from distill.features import (
     FeatureShards,
     bytes_per_token,
@@ -126,6 +126,21 @@ def test_compressed_features_come_back_within_half_a_step(tmp_path: Path) -> Non
     small, theirs = bytes_per_token(tokens=10, stated=5, hidden=576, num_taps=5, compressed=True)
     # 2,900 and 5,760 for the layers, 576 for the states, 5 for token and mask; DeepSpec's cache takes 6,918.
     assert (small, plain, theirs) == (2900 + 576 + 5, 5760 + 576 + 5, 6918.0)
+
+
+def test_features_of_conversations_on_disk_are_found_by_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.features._OPEN_FILES", 1)
+    shards, features = _written(tmp_path)
+    for index, shard in enumerate(shards):
+        write_shard(tmp_path, index, shard)
+    kept = FeatureShards(tmp_path, read_shards(tmp_path), taps=TAPS)
+    # Whoever opened the corpus, and in any order.
+    for sample in (*read_corpus(tmp_path), *read_corpus(tmp_path)[::-1]):
+        assert torch.equal(kept.of(sample), features[sample.id])
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert len([name for name in mapped if ".features." in name]) <= 1
 
 
 # What is refused

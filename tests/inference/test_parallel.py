@@ -169,7 +169,7 @@ def test_what_the_leader_refuses_ends_all_with_its_code(place: Path) -> None:
 def test_a_follower_that_cannot_load_its_part_is_named_by_the_leader(place: Path) -> None:
     processes = Processes.start("elsewhere", place)
     assert processes.codes(within_s=60) == [2, 2]
-    assert processes.said(0).startswith("dspark: process 1 cannot load its part: no such model folder")
+    assert processes.said(0).startswith("dspark: process 1 cannot do its part: no such model folder")
     assert processes.said(0).count("\n") == 1 and processes.said(1) == ""
 
 

@@ -49,6 +49,7 @@ defaults:
 {defaults}
   - _self_
   - experiment: null
+  - hydra/callbacks: [trials]
   - override hydra/job_logging: plain
   - override hydra/hydra_logging: plain
 hydra:
@@ -257,16 +258,16 @@ def test_what_ends_a_stage_is_one_line_and_its_code(
     assert expected in said(capsys)
 
 
-def test_a_multirun_ends_with_the_code_of_the_job_that_failed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_multirun_goes_on_without_the_job_that_failed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     def act(cfg: config.RunConfig) -> float:
         if "lookup" in cfg.draft:
             raise RegistryBusy("another run holds the registry")
         return 1.0
 
     runs.act = act
-    assert cli.main(["-m", "build", "draft=none,lookup,pruned"]) == 4
+    assert cli.main(["-m", "build", "draft=none,lookup,pruned"]) == 0
     assert len(runs) == 3, "the other jobs ran"
-    assert capsys.readouterr().err.endswith("dspark: another run holds the registry\n")
+    assert "another run holds the registry" in capsys.readouterr().err, "the table says why"
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from inference.pair import load_pair
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import stop_tokens
-from pipelines import build, config, corpus, plan, publish, select, verify
+from pipelines import config, corpus, plan, publish, select, training, verify
 from pipelines.artifacts import Artifact, Store
 from pipelines.select import Decision, decide
 from tests.pipelines.conftest import Finished
@@ -129,7 +129,7 @@ def captured(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
     """The drafts of `featured`, built from a corpus without features. Read only."""
     place = tiny_place.again(tmp_path_factory.mktemp("captured"))
     beside: list[list[str]] = []
-    fit = build.fit
+    fit = training.fit
 
     def seen(*given: Any, folder: Path, **settings: Any) -> Any:
         beside.append(sorted(p.name for p in (folder / "features").glob("*")))
@@ -137,7 +137,7 @@ def captured(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.root)
-        patch.setattr(build, "fit", seen)
+        patch.setattr(training, "fit", seen)
         assert run(place.words(*THREE, UNKEPT, stage="corpus"))[1] == 0
         out, code = run(place.words(*THREE, UNKEPT, stage="build"))
     assert code == 0, out
@@ -594,7 +594,7 @@ def test_on_a_full_disk_the_target_runs_again_at_every_step_with_the_same_outcom
     place = copied(captured.place, tmp_path / "place", "plan", "corpus")
     monkeypatch.setattr(shutil, "disk_usage", disk_with(2**10))
     written: list[Path] = []
-    monkeypatch.setattr(build, "write_features", lambda folder, *_: written.append(folder))
+    monkeypatch.setattr(training, "write_features", lambda folder, *_: written.append(folder))
     text, code = run(place.words(*alone("dspark"), UNKEPT, stage="build"))
     assert code == 0, text
     assert "features need 0 MiB, there is room for 0: the target runs again every step" in text.splitlines()
@@ -698,7 +698,7 @@ def test_a_build_that_goes_on_when_the_disk_is_full_uses_what_it_has_captured(
     place = copied(captured.place, tmp_path / "place", "plan", "corpus")
     words = place.words(*alone("dspark"), UNKEPT, stage="build")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "fit", interrupted)
+        patch.setattr(training, "fit", interrupted)
         assert run(words)[1] == 2
     monkeypatch.setattr(shutil, "disk_usage", disk_with(2**10))
     text, code = run(words)

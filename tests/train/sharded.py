@@ -97,7 +97,7 @@ def main() -> int:
         torch.distributed.init_process_group("gloo")
     folder = Path(told.pop("folder"))
     try:
-        module, result = train(folder, engine="deepspeed", **told)
+        module, result = train(folder, **{"engine": "deepspeed", **told})
     except Stopped as stopped:
         sys.stdout.write(f"stopped at {stopped.step}\n")
         return _part(143)
@@ -111,8 +111,9 @@ def main() -> int:
 def _part(code: int) -> int:
     """Leave the others in good order: a process that goes first aborts the threads of those still talking to it."""
     sys.stdout.flush()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return code
 
 

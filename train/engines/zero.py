@@ -43,11 +43,17 @@ class _Whole(nn.Module):
         self.module = module
         self._loss, self._used_apart = loss, list(used_apart)
 
-    def read_directly(self) -> list[nn.Parameter]:
-        """Parameters that no pass of their own gathers: of parts used apart, and of whatever has parts itself."""
+    def gather_directly(self, register: Callable[[nn.Module, nn.Parameter], None]) -> None:
+        """Let this module's pass gather what no pass of its own does: parameters of parts used apart, and of whatever
+        has parts itself. Parts used apart are called with other tensors in their parameters' places, so they are rid of
+        DeepSpeed's hooks."""
         found = [p for part in self._used_apart for p in part.parameters()]
         found += [p for part in self.module.modules() if any(True for _ in part.children()) for p in _own(part)]
-        return list({id(p): p for p in found}.values())
+        for parameter in {id(p): p for p in found}.values():
+            register(self, parameter)
+        for inner in (inner for part in self._used_apart for inner in part.modules()):
+            inner._forward_pre_hooks.clear()
+            inner._forward_hooks.clear()
 
     def forward(self, batch: Batch | None, call: Callable[[], Any] | None = None) -> Any:
         """The loss of a batch, its other sums left in `output`; or the value of `call`, for what is not a loss."""
@@ -113,8 +119,7 @@ class ZeroEngine:
                 model=self._whole, optimizer=optimizer.build(self._named), config=settings
             )
         if stage == 3:
-            for parameter in self._whole.read_directly():
-                deepspeed.zero.register_external_parameter(self._whole, parameter)
+            self._whole.gather_directly(deepspeed.zero.register_external_parameter)
         if initial:
             self._load_weights(initial)  # the master copies are the weights themselves, not their bf16 rounding
 
@@ -331,6 +336,18 @@ class ZeroEngine:
         for name, parameter in self._named:
             if self.rank == 0:
                 parameter.data = weights[name].to(self._device)
+
+
+def spread_frozen(module: nn.Module) -> None:
+    """Spread a module that is never trained over all processes, in place: each layer is gathered when it is called.
+
+    All processes call it the same number of times, without gradients.
+    """
+    deepspeed = _deepspeed()
+    _joined(module)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": _NEVER}
+    with _quiet():
+        deepspeed.initialize(model=module, config=settings)
 
 
 def check_spread(optimizer: OptimizerConfig, *, accumulation: int, size: int, stage: int) -> None:

@@ -55,7 +55,7 @@ class Config:
         """
         named = list(parameters)
         for device in sorted({p.device for _, p in named}, key=str):
-            self._try_one_step(device)
+            self.check(device)
         return self._make(parameter_groups(named, weight_decay=self.weight_decay), self.min_8bit_size)
 
     def _make(self, groups: list[dict[str, Any]], min_8bit_size: int) -> optim.Optimizer:
@@ -64,8 +64,12 @@ class Config:
         )
         return optimizer
 
-    def _try_one_step(self, device: torch.device) -> None:
-        """Take one real 8-bit step on a small parameter of zeros; touches no random state."""
+    def check(self, device: torch.device) -> None:
+        """Take one real 8-bit step on a small parameter of zeros; touches no random state.
+
+        Raises:
+            TrainingError: bitsandbytes is missing, or its build cannot take the step.
+        """
         probe = nn.Parameter(torch.zeros(512, device=device))
         probe.grad = torch.ones_like(probe)
         version = _bitsandbytes().__version__

@@ -4,17 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.trackers import Tracker
-
-
-class NoTracker:
-    """Forgets everything."""
-
-    def log(self, step: int, metrics: dict[str, float], /) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
+from train.trackers import NoTracker, Tracker
 
 
 @dataclass
@@ -30,3 +20,6 @@ class Config:
     def build(self, folder: Path, run_name: str, config: dict[str, Any]) -> Tracker:
         """Return the tracker; the arguments are not used."""
         return NoTracker()
+
+
+__all__ = ["Config", "NoTracker"]

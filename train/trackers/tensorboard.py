@@ -1,10 +1,15 @@
-"""TensorBoard event files, written by torch's own writer; look at them with `tensorboard --logdir <folder>`."""
+"""TensorBoard event files, written by torch's own writer; look at them with `tensorboard --logdir <folder>`.
 
+Lineage is text, under the tag `lineage/<kind>-<name>`: TensorBoard keeps no artifacts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.trackers import GuardedTracker, Tracker
+from train.trackers import Fuse, GuardedTracker, TrackedArtifact, Tracker
 
 
 class TensorboardTracker:
@@ -18,9 +23,22 @@ class TensorboardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
 
+    def artifact(
+        self, made: TrackedArtifact, /, *, uses: Sequence[TrackedArtifact], metadata: Mapping[str, Any]
+    ) -> None:
+        """Record what was made, and from what, as text."""
+        lines = [_line("made", made), *(_line("from", used) for used in uses)]
+        lines += [f"{key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(metadata.items())]
+        self._writer.add_text(f"lineage/{made.kind}-{made.name}", "\n".join(f"    {line}" for line in lines))
+        self._writer.flush()
+
     def finish(self) -> None:
         """Flush and close the files."""
         self._writer.close()
+
+
+def _line(word: str, item: TrackedArtifact) -> str:
+    return f"{word} {item.kind} {item.name} {item.digest}" + (f" in {item.folder}" if item.folder else "")
 
 
 @dataclass
@@ -38,6 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.flush_every_s < 1:
             raise ValueError(f"tracker tensorboard: flush_every_s is {self.flush_every_s}: choose at least 1")
+        self._fuse = Fuse()
 
     def build(self, folder: Path, run_name: str, config: dict[str, Any]) -> Tracker:
         """Return the tracker; files appear at the first metric.
@@ -47,7 +66,7 @@ class Config:
             run_name: name shown for the run.
             config: plain settings, shown as text.
         """
-        return GuardedTracker(lambda: TensorboardTracker(self._start(folder, run_name, config)))
+        return GuardedTracker(lambda: TensorboardTracker(self._start(folder, run_name, config)), fuse=self._fuse)
 
     def _start(self, folder: Path, run_name: str, config: dict[str, Any]) -> Any:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,66 @@
+"""What a training cannot do here, said before anything is made for it: minutes of corpus are not for nothing."""
+
+import importlib.util
+import logging
+
+from inference.drafters.quantized import check_packed_step
+from inference.errors import InputError
+from inference.precision import has_bf16_products
+from inference.processes import num_processes
+from inference.target import PACKED_FORMATS
+from pipelines.config import RunConfig
+from train.engines.zero import check_spread
+
+logger = logging.getLogger(__name__)
+
+
+def check_training(cfg: RunConfig) -> None:
+    """Refuse what the drafts that are trained ask for and this machine, or several processes, cannot do.
+
+    Raises:
+        InputError: that.
+        TrainingError: steps or state that cannot be shared out.
+    """
+    trained = {name: draft for name, draft in cfg.draft.items() if draft.trained}
+    if not trained:
+        return
+    device, size = cfg.target.torch_device(), num_processes()
+    if cfg.trainer.engine == "deepspeed":
+        _check_deepspeed(cfg, size)
+    elif size > 1:
+        logger.warning("trainer.engine is plain: the first process trains alone; trainer=deepspeed uses all %d", size)
+    if hasattr(cfg.optimizer, "check"):
+        cfg.optimizer.check(device)
+    formats = [cfg.target.teacher_precision] if cfg.target.teacher_precision in PACKED_FORMATS else []
+    formats += ["nf4" for draft in trained.values() if getattr(draft, "adapter", "") == "qlora"]
+    for weight_format in dict.fromkeys(formats):
+        check_packed_step(weight_format, device)
+    for name, draft in trained.items():
+        if cfg.target.teacher_precision in PACKED_FORMATS and getattr(draft, "init", "") == "target":
+            raise InputError(
+                f"a draft cannot start from layers packed as {cfg.target.teacher_precision}",
+                where=f"draft.{name}.init",
+                mend=f"use draft.{name}.init=random, or target.teacher_precision=fp32",
+            )
+    if cfg.trainer.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
+        logger.warning("this CPU has no bf16 instructions: trainer.precision=bf16 will be slower than fp32")
+
+
+def _check_deepspeed(cfg: RunConfig, size: int) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("deepspeed is not installed", where="trainer=deepspeed", mend="pip install deepspeed")
+    trainer = cfg.trainer
+    check_spread(cfg.optimizer, accumulation=trainer.accumulation, size=size, stage=trainer.zero_stage)
+    if trainer.zero_stage < 3:
+        return
+    for name, draft in cfg.draft.items():
+        if getattr(draft, "on_policy_share", 0.0) > 0.0:
+            raise InputError(
+                "a student whose weights are spread cannot write by itself: processes write for different lengths",
+                where=f"draft.{name}.on_policy_share",
+                mend="use trainer.zero_stage=2",
+            )
+        if getattr(draft, "adapter", "") == "qlora":
+            raise InputError(
+                "4-bit weights cannot be spread", where=f"draft.{name}.adapter", mend="use trainer.zero_stage=2"
+            )

@@ -1,0 +1,444 @@
+"""One draft in training: what it is, what it learns from, and the loop that moves it.
+
+Joins what `distill` knows (students, batches, losses) with what `train` knows (how parameters move). Under DeepSpeed
+every process of the run does all of this with the same arguments: each holds a target of its own, captures its share of
+what the corpus lacks, and takes its share of every step. The first one leads; it alone writes the draft.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from distill.conversation import Joined, in_memory
+from distill.corpus import StoredSamples, read_shards, shard_written, write_shard
+from distill.distillation import Distillation, capture_states
+from distill.drafts import DraftContext, Student, write_spec
+from distill.feature_distillation import FeatureDistillation, FeaturesOf, covered_mass, draft_vocabulary
+from distill.features import (
+    FeatureShards,
+    capture_features,
+    feature_bytes,
+    features_path,
+    kept_taps,
+    write_features,
+)
+from inference.drafters.quantized import quantization_config
+from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
+from inference.feature_drafts._checkpoint import go_on_from, save_network
+from inference.layers import decoder_layers
+from inference.loading import load_causal_model
+from inference.model import CausalModel
+from inference.parallel import ParallelModel, load_target
+from inference.precision import storage_dtype
+from inference.processes import Group
+from inference.sharded import agreed
+from inference.target import PACKED_FORMATS, config_shape, stop_tokens
+from pipelines.config import RunConfig
+from pipelines.progress import tracked
+from train.config import TrainerConfig
+from train.engines.zero import spread_frozen
+from train.loop import Batch, FitResult, LossOutput, fit
+from train.trackers import Tracker
+from train.trackers.none import NoTracker
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_FEATURES, _STATED = "features", "stated"
+SCRATCH = ("checkpoints", _FEATURES, _STATED)
+"""What training leaves in its folder that the finished draft does without."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Everything that decides a training, as every process knows it.
+
+    Attributes:
+        cfg: the run's configuration.
+        name: of the draft.
+        trainer: the loop's settings, steps and precision resolved.
+        target_folder: the target's files.
+        corpus: folder of the corpus.
+        folder: where checkpoints and captured features go.
+        start: folder of the draft whose weights training goes on from; None to start anew.
+        reference: folder of the draft that says which tokens are worth learning from; None without one.
+    """
+
+    cfg: RunConfig
+    name: str
+    trainer: TrainerConfig
+    target_folder: Path
+    corpus: Path
+    folder: Path
+    start: Path | None = None
+    reference: Path | None = None
+
+    @property
+    def draft(self) -> Any:
+        """The draft's settings."""
+        return self.cfg.draft[self.name]
+
+
+@dataclass(frozen=True)
+class Company:
+    """The processes that train together; one without a group is alone."""
+
+    group: Group | None = None
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        return self.group.rank if self.group else 0
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.group.size if self.group else 1
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """This process's part of some work; done when all have done theirs.
+
+        Raises:
+            InputError: this process refuses, or another one.
+        """
+        return agreed(self.group, work) if self.group else work()
+
+    def of_first(self, decided: str) -> str:
+        """What the first process decided."""
+        return self.group.lines(decided)[0] if self.group else decided
+
+    def of_all(self, said: str) -> list[str]:
+        """What every process says, in the order of ranks."""
+        return self.group.lines(said) if self.group else [said]
+
+    def device(self, cfg: RunConfig) -> torch.device:
+        """The device asked for; of several processes each has a GPU of its own."""
+        device = cfg.target.torch_device()
+        if self.group and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        return device
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        result: of the loop.
+        metrics: of the draft and its corpus, for the manifest.
+        save: writes the draft into a folder.
+    """
+
+    result: FitResult
+    metrics: dict[str, Any]
+    save: Callable[[Path], None]
+
+
+@dataclass
+class _Trainee:
+    """A draft in training, whatever its kind: what moves, what it learns from, and how it is saved."""
+
+    module: nn.Module
+    task: Distillation | FeatureDistillation
+    save: Callable[[Path], None]
+    used_apart: list[nn.Module]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def train(lesson: Lesson, *, tracker: Tracker | None = None, group: Group | None = None) -> Trained:
+    """Train a draft, or go on with its training.
+
+    Args:
+        lesson: what and how.
+        tracker: where curves go, on the process that leads.
+        group: the processes that train together; all of them call this.
+
+    Raises:
+        InputError: the corpus or the target cannot be read, or do not fit the draft.
+        TrainingError: see `train.loop.fit`.
+    """
+    company = Company(group)
+    trainee = _trainee(lesson, company)
+    trainer, task = lesson.trainer, trainee.task
+    if company.rank == 0:
+        logger.info("training %s: %d steps, %d samples", lesson.name, trainer.steps, len(task.train))
+
+    def batches(step: int, micro: int) -> Batch:
+        return task.batch(step, micro, accumulation=trainer.accumulation)
+
+    def loss(batch: Batch) -> LossOutput:
+        sums = task.loss(batch)
+        return LossOutput(sums.loss, sums.tokens, {"acceptance": (sums.acceptance, sums.tokens)})
+
+    result = fit(
+        trainee.module,
+        batches=batches,
+        loss=loss,
+        optimizer=_optimizer(lesson.cfg.optimizer, lesson.draft),
+        cfg=trainer,
+        folder=lesson.folder,
+        tracker=tracker or NoTracker(),
+        evaluate=task.evaluate if task.validation else None,
+        weigh=task.weight,
+        used_apart=trainee.used_apart,
+    )
+    return Trained(result, {**trainee.metrics, **task.counts}, trainee.save)
+
+
+def _optimizer(optimizer: Any, draft: Any) -> Any:
+    """The optimizer's settings, with the draft's own learning rate where it has one."""
+    return dataclasses.replace(optimizer, lr=draft.lr) if draft.lr else optimizer
+
+
+# What is trained
+
+
+def _trainee(lesson: Lesson, company: Company) -> _Trainee:
+    target = company.together(lambda: _target(lesson, company))
+    shards = company.together(lambda: read_shards(lesson.corpus))
+    if isinstance(lesson.draft, FeatureDraftConfig):
+        return _feature_trainee(lesson, company, target, shards)
+    return _student_trainee(lesson, company, target, shards)
+
+
+def _target(lesson: Lesson, company: Company) -> CausalModel:
+    """The teacher, frozen. Alone under torchrun it is spread over the processes; where these train, each has its own.
+
+    Its head is used once per supervised token; fp32 keeps teacher and student comparable.
+    """
+    cfg, device = lesson.cfg.target, company.device(lesson.cfg)
+    if cfg.teacher_precision in PACKED_FORMATS:
+        compute = "fp32" if device.type == "cpu" else "bf16"
+        packed = quantization_config(cfg.teacher_precision, compute_dtype=storage_dtype(compute))
+        target = load_causal_model(lesson.target_folder, precision=compute, device=device, quantization=packed)
+    else:
+        load = load_causal_model if company.group else load_target
+        target = load(lesson.target_folder, precision=cfg.teacher_precision, device=device)
+    target.model.requires_grad_(False)
+    return target
+
+
+def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:
+    """Spread the target's layers over the processes (ZeRO stage 3) where that is asked for. From here on these call it
+    the same number of times. What drafts borrow, embedding and head, stays whole."""
+    if not lesson.cfg.target.spread_teacher or company.size == 1:
+        return False
+    embedding = target.model.get_input_embeddings()
+    target.model.set_input_embeddings(copy.deepcopy(embedding))
+    spread_frozen(target.model.base_model)
+    return True
+
+
+def _captured(
+    company: Company,
+    shards: Sequence[StoredSamples],
+    *,
+    what: str,
+    there: Callable[[int], bool],
+    write: Callable[[int], None],
+    idle: Callable[[], object] | None,
+) -> None:
+    """Capture something of every shard that lacks it: each process its share.
+
+    Args:
+        company: the processes.
+        shards: of the corpus.
+        what: for the progress line.
+        there: whether a shard has it already.
+        write: captures that of one shard.
+        idle: one conversation's pass, for a process that has done while others, whose target it holds a part of, have
+            not; None where each has a target of its own.
+    """
+    own = [index for index in range(len(shards)) if index % company.size == company.rank and not there(index)]
+    calls = sum(len(shards[index]) for index in own)
+    most = max(map(int, company.of_all(str(calls)))) if idle else calls
+
+    def work() -> None:
+        for index in tracked(own, what, unit="shards") if company.rank == 0 else own:
+            write(index)
+        for _ in range(most - calls):
+            assert idle is not None, "a process with a target of its own waits for nobody"
+            idle()
+
+    company.together(work)
+
+
+def _stated(
+    lesson: Lesson, company: Company, target: CausalModel, shards: list[StoredSamples], *, spread: bool
+) -> list[StoredSamples]:
+    """The corpus, shard by shard, with the states that its generator did not keep."""
+    if all(sample.has_states for shard in shards for sample in shard):
+        return shards
+    folder = lesson.folder / _STATED
+    folder.mkdir(parents=True, exist_ok=True)
+    bare = in_memory(shards[0][0], states=None)
+    _captured(
+        company,
+        shards,
+        what="states",
+        there=partial(shard_written, folder),
+        write=lambda index: write_shard(folder, index, capture_states(target, shards[index])),
+        idle=(lambda: capture_states(target, [bare])) if spread else None,
+    )
+    return company.together(lambda: read_shards(folder))
+
+
+def _student_trainee(lesson: Lesson, company: Company, target: CausalModel, shards: list[StoredSamples]) -> _Trainee:
+    """A language model of its own, learning from tokens and states."""
+    cfg, draft = lesson.cfg, lesson.draft
+    device = company.device(cfg)
+    context = DraftContext(
+        target_folder=lesson.target_folder,
+        folder=lesson.folder,
+        device=device,
+        num_target_layers=int(str(config_shape(lesson.target_folder)["num_hidden_layers"])),
+    )
+
+    def student_of() -> Student:
+        student: Student = draft.student(context)
+        target.check_same_vocabulary(student.model, where=f"draft.{lesson.name}")
+        return student
+
+    student = company.together(student_of)
+    on_policy = draft.on_policy(stop_tokens(target))
+    spread = _spread(lesson, company, target)
+    shards = _stated(lesson, company, target, shards, spread=spread)
+    if on_policy is None:
+        _let_layers_go(target)
+    task = company.together(
+        lambda: Distillation(
+            student.model,
+            target,
+            Joined(shards),
+            objective=cfg.objective.build(),
+            sequences_per_step=draft.sequences_per_step,
+            max_tokens=draft.max_tokens,
+            chunk_tokens=draft.chunk_tokens,
+            seed=cfg.seed,
+            bucket_batches=draft.bucket_batches,
+            on_policy=on_policy,
+            keep_share=draft.keep_share,
+            reference=_reference(lesson, target, device),
+        )
+    )
+    return _Trainee(student.model.model, task, student.save, used_apart=[student.model.head])
+
+
+def _reference(lesson: Lesson, target: CausalModel, device: torch.device) -> CausalModel | None:
+    """The frozen draft that says which tokens are worth learning from.
+
+    Raises:
+        InputError: it cannot be read, or its tokens are others.
+    """
+    if lesson.reference is None or lesson.draft.keep_share == 1.0:
+        return None
+    reference = load_causal_model(lesson.reference, precision="fp32", device=device)
+    target.check_same_vocabulary(reference, where=f"draft.{lesson.name}.reference")
+    reference.model.requires_grad_(False).eval()
+    return reference
+
+
+def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shards: list[StoredSamples]) -> _Trainee:
+    """A network that reads the target's features, kept with the corpus or captured now; new, or that of `start`."""
+    cfg, draft = lesson.cfg, lesson.draft
+
+    def network_of() -> FeatureNetwork:
+        if lesson.start is not None:
+            return go_on_from(lesson.start, target, draft)
+        vocabulary = draft_vocabulary(Joined(shards), size=draft.vocabulary, vocab_size=target.vocab_size)
+        return make_network(draft, target, vocabulary, seed=cfg.seed)
+
+    network = company.together(network_of)
+    spread = _spread(lesson, company, target)
+    shards = _stated(lesson, company, target, shards, spread=spread)
+    samples = Joined(shards)
+    covered = covered_mass(target, samples, network.vocabulary)
+    if network.vocabulary is not None and company.rank == 0:
+        said = (draft.kind, len(network.vocabulary), 100 * covered)
+        logger.info("%s proposes %d tokens, %.1f %% of the target's mass", *said)
+    features = _features(lesson, company, target, shards, network.taps, spread=spread)
+    task = company.together(
+        lambda: FeatureDistillation(
+            network, target, samples, features_of=features, objective=cfg.objective.build(), seed=cfg.seed
+        )
+    )
+
+    def save(folder: Path) -> None:
+        save_network(network, folder, target_folder=lesson.target_folder)
+        write_spec(folder, {"kind": "feature"})
+
+    apart = [network.head, *([network.lm_head] if network.vocabulary is not None else [])]
+    return _Trainee(network, task, save, used_apart=apart, metrics={"covered_mass": covered})
+
+
+def _features(
+    lesson: Lesson,
+    company: Company,
+    target: CausalModel,
+    shards: Sequence[StoredSamples],
+    taps: list[int],
+    *,
+    spread: bool,
+) -> FeaturesOf:
+    """Features by sample: the corpus's own where it kept these layers; else captured beside the draft, each process its
+    share of the shards, if the disk has room; else from the target again whenever a batch asks."""
+    kept = company.together(lambda: kept_taps(lesson.corpus))
+    if set(taps) <= set(kept):
+        _let_layers_go(target)
+        return company.together(lambda: FeatureShards(lesson.corpus, shards, taps=taps).resident(target.device).of)
+    folder = lesson.folder / _FEATURES
+    size, room = _needed_bytes(folder, shards, target, len(taps)), _room_bytes(lesson.folder)
+    size, room = json.loads(company.of_first(json.dumps([size, room])))
+    if size > room:
+        if company.rank == 0:
+            said = f"features need {size / 2**20:.0f} MiB, there is room for {room / 2**20:.0f}"
+            logger.warning("%s: the target runs again every step", said)
+        return partial(capture_features, target, taps=taps)
+    if company.rank == 0:
+        logger.info("the corpus kept no features of layers %s: capturing %.0f MiB", taps, size / 2**20)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _captured(
+        company,
+        shards,
+        what="features",
+        there=lambda index: features_path(folder, index).is_file(),
+        write=lambda index: write_features(
+            folder, index, [capture_features(target, s, taps) for s in shards[index]], taps
+        ),
+        idle=(lambda: capture_features(target, shards[0][0], taps)) if spread else None,
+    )
+    _let_layers_go(target)
+    return company.together(lambda: FeatureShards(folder, shards, taps=taps).resident(target.device).of)
+
+
+def _needed_bytes(folder: Path, shards: Sequence[StoredSamples], target: CausalModel, num_taps: int) -> int:
+    """Bytes of features that are still to be captured."""
+    missing = [shard for index, shard in enumerate(shards) if not features_path(folder, index).is_file()]
+    tokens = sum(sample.num_tokens for shard in missing for sample in shard)
+    hidden = target.model.config.get_text_config(decoder=True).hidden_size
+    return feature_bytes(tokens=tokens, hidden=hidden, num_taps=num_taps)
+
+
+def _room_bytes(folder: Path) -> float:
+    """Bytes that features may take: half of what is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(folder).free / 2
+
+
+def _let_layers_go(target: CausalModel) -> None:
+    """Free the target's layers: from here on its embedding and its head are all that is used."""
+    if not isinstance(target, ParallelModel):  # whose layers the other processes feed too
+        del decoder_layers(target.model)[:]
