@@ -19,6 +19,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise InputError(f"found no stack of {count} decoder layers in {type(model).__name__}", mend="use another kind")
 
 
+def drop_layers(model: PreTrainedModel) -> None:
+    """Free all decoder layers of a model, in place, for who uses its embedding and its head alone."""
+    del decoder_layers(model)[:]
+    text = model.config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+
+
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     """Cut a model down to some of its decoder layers, in place, configuration and cache indices included.
 

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from inference.attention import use_grouped_attention
 from inference.errors import InputError, first_line
-from inference.layers import keep_layers
+from inference.layers import drop_layers, keep_layers
 from inference.model import CausalModel
 from inference.precision import apply_precision, storage_dtype
 from inference.processes import is_loss
@@ -65,6 +65,32 @@ def load_causal_model(
     elif device.type == "cpu":
         _leave_unpacked(model)
     use_grouped_attention(model)
+    return CausalModel(model, folder=folder, precision=precision)
+
+
+def load_ends(folder: Path, *, precision: str, device: torch.device) -> CausalModel:
+    """A model's embedding, final norm and head, for who needs no layers: of the weights only these and one layer's are
+    read, and none is kept.
+
+    Args:
+        folder: the model folder.
+        precision: see `inference.precision`.
+        device: where it runs.
+
+    Raises:
+        InputError: as `load_causal_model`.
+    """
+    check_model_folder(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:1]
+    model = load_pretrained(folder, precision=precision, attention="sdpa", config=config)
+    drop_layers(model)
+    check_finite(model, where=str(folder))
+    nn.Module.to(model, device)
+    apply_precision(model, precision)
     return CausalModel(model, folder=folder, precision=precision)
 
 

@@ -20,6 +20,7 @@ from pipelines.context import RunContext
 from pipelines.files import content_digest, plain, write_json
 from pipelines.plan import resolved_trainer
 from pipelines.training import SCRATCH, Lesson, train
+from train.profiling import PROFILE_FILE
 from train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def _draft_context(context: RunContext, work: Work, *, other: Path | None) -> Dr
 def _train(lesson: Lesson, work: Work, tracker: Tracker) -> None:
     """Train a draft, with all processes of this run where the trainer can, and leave its curve beside it."""
     work.drop |= set(SCRATCH)
-    work.keep.add(HISTORY_FILE)
+    work.keep |= {HISTORY_FILE, PROFILE_FILE}
     group = ranks.called_together(lesson) if lesson.trainer.engine == "deepspeed" else None
     with group.together() if group else nullcontext():
         trained = train(lesson, tracker=tracker, group=group)
@@ -196,6 +197,8 @@ def _train(lesson: Lesson, work: Work, tracker: Tracker) -> None:
         "steps": result.steps,
         "tokens": result.tokens,
         "seconds": result.seconds,
+        "step_seconds": result.step_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
         **{key: value for key, value in result.metrics.items() if key.startswith("eval/")},
     }
     trained.save(work.folder / DRAFT_FOLDER)

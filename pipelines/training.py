@@ -36,12 +36,12 @@ from distill.features import (
 from inference.drafters.quantized import quantization_config
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
 from inference.feature_drafts._checkpoint import go_on_from, save_network
-from inference.layers import decoder_layers
-from inference.loading import load_causal_model
+from inference.layers import drop_layers
+from inference.loading import load_causal_model, load_ends
 from inference.model import CausalModel
 from inference.parallel import ParallelModel, load_target
 from inference.precision import storage_dtype
-from inference.processes import Group
+from inference.processes import Group, num_processes
 from inference.sharded import agreed
 from inference.target import PACKED_FORMATS, config_shape, stop_tokens
 from pipelines.config import RunConfig
@@ -206,19 +206,25 @@ def _optimizer(optimizer: Any, draft: Any) -> Any:
 
 
 def _trainee(lesson: Lesson, company: Company) -> _Trainee:
-    target = company.together(lambda: _target(lesson, company))
     shards = company.together(lambda: read_shards(lesson.corpus))
+    target = company.together(lambda: _target(lesson, company, shards))
     if isinstance(lesson.draft, FeatureDraftConfig):
         return _feature_trainee(lesson, company, target, shards)
     return _student_trainee(lesson, company, target, shards)
 
 
-def _target(lesson: Lesson, company: Company) -> CausalModel:
-    """The teacher, frozen. Alone under torchrun it is spread over the processes; where these train, each has its own.
+def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -> CausalModel:
+    """The teacher, frozen, without its layers where nothing runs them. Alone under torchrun it is spread over the
+    processes; where these train, each has its own.
 
     Its head is used once per supervised token; fp32 keeps teacher and student comparable.
     """
     cfg, device = lesson.cfg.target, company.device(lesson.cfg)
+    alone = company.group is not None or num_processes() == 1
+    if alone and cfg.teacher_precision == "fp32" and _by_states_alone(lesson, shards):
+        target = load_ends(lesson.target_folder, precision="fp32", device=device)
+        target.model.requires_grad_(False)
+        return target
     if cfg.teacher_precision in PACKED_FORMATS:
         compute = "fp32" if device.type == "cpu" else "bf16"
         packed = quantization_config(cfg.teacher_precision, compute_dtype=storage_dtype(compute))
@@ -228,6 +234,14 @@ def _target(lesson: Lesson, company: Company) -> CausalModel:
         target = load(lesson.target_folder, precision=cfg.teacher_precision, device=device)
     target.model.requires_grad_(False)
     return target
+
+
+def _by_states_alone(lesson: Lesson, shards: Sequence[StoredSamples]) -> bool:
+    """Whether the corpus has all that the draft learns from: a student's target states, and nothing that it writes."""
+    draft = lesson.draft
+    if isinstance(draft, FeatureDraftConfig) or draft.on_policy_share > 0.0:
+        return False
+    return all(sample.has_states for shard in shards for sample in shard)
 
 
 def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:
@@ -441,4 +455,4 @@ def _room_bytes(folder: Path) -> float:
 def _let_layers_go(target: CausalModel) -> None:
     """Free the target's layers: from here on its embedding and its head are all that is used."""
     if not isinstance(target, ParallelModel):  # whose layers the other processes feed too
-        del decoder_layers(target.model)[:]
+        drop_layers(target.model)

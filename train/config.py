@@ -7,7 +7,7 @@ from train.precision import PRECISIONS
 from train.schedule import SCHEDULES
 
 # Settings that do not change the weights a run ends with; a run may be resumed with others.
-_FREE = ("checkpoint_every_steps", "keep_checkpoints", "engine", "zero_stage", "offload")
+_FREE = ("checkpoint_every_steps", "keep_checkpoints", "engine", "zero_stage", "offload", "profile_steps")
 ENGINES = ("plain", "deepspeed")
 OFFLOADS = ("none", "optimizer", "all")
 
@@ -37,6 +37,7 @@ class TrainerConfig:
         keep_checkpoints: newest checkpoints kept.
         best_metric: evaluation metric by which the best checkpoint is kept besides ("" = none).
         best_is: "max" or "min": which value of that metric is best.
+        profile_steps: steps, after three of them, that torch's profiler watches (0 = none).
     """
 
     engine: str = "plain"
@@ -57,10 +58,13 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     best_metric: str = ""
     best_is: str = "max"
+    profile_steps: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "accumulation", "log_every_steps", "keep_checkpoints")
-        _at_least(self, 0, "steps", "clip_norm", "evaluate_every_steps", "checkpoint_every_steps", "seed")
+        _at_least(
+            self, 0, "steps", "clip_norm", "evaluate_every_steps", "checkpoint_every_steps", "seed", "profile_steps"
+        )
         _one_of(self, "engine", ENGINES)
         _one_of(self, "offload", OFFLOADS)
         if self.zero_stage not in range(4):

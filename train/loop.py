@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -30,6 +32,7 @@ from train.engines import Engine, Loss, Weigh
 from train.engines.plain import PlainEngine
 from train.errors import TrainingDiverged, TrainingError
 from train.optimizers import OptimizerConfig
+from train.profiling import PROFILE_FILE, StepProfile
 from train.progress import Progress
 from train.results import FitResult, LossOutput
 from train.schedule import factor
@@ -39,6 +42,7 @@ from train.trackers.none import NoTracker
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TIMED_STEPS = 1000
 _RANK_SEED = 7919  # processes draw their own dropout; the first one draws what one process does
 
 
@@ -91,8 +95,11 @@ def fit(
         run = _Run(module, batches, make, optimizer, loss, cfg, folder / "checkpoints", tracker, evaluate)
         run.measured = measured
         alone = run.engine.size == 1
-        with StopRequest(alone=alone) as stop, Progress(cfg.steps, done=run.step, shown=run.leads) as progress:
+        watched = StepProfile(cfg.profile_steps, folder / PROFILE_FILE if run.leads else None)
+        shown = Progress(cfg.steps, done=run.step, shown=run.leads)
+        with StopRequest(alone=alone) as stop, watched as profiled, shown as progress:
             while run.step < cfg.steps:
+                profiled.step()
                 run.make_step(stop)
                 progress.advance(run.step, loss=run.last_loss, lr=run.last_lr)
                 run.after_step()
@@ -190,6 +197,7 @@ class _Run:
         self.base_lrs = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
         self.resumed_step = self._resume(snapshot)
         self.saved_step = self.resumed_step
+        self.step_seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
         self.clock = self.logged_at = time.monotonic()
         self.logged_tokens, self.logged_step = self.tokens, self.step
         module.train()
@@ -198,6 +206,7 @@ class _Run:
 
     def make_step(self, stop: StopRequest) -> None:
         """Accumulate, check, clip, and move the parameters once; hear whether any process was told to stop."""
+        began = time.monotonic()
         self.last_lr = self._set_rate()
         own = self._own()
         outputs = self.engine.accumulate(self.batches(self.step, micro) for micro in own)
@@ -209,6 +218,7 @@ class _Run:
         self.step += 1
         self.last_loss = math.fsum(sums.losses) / math.fsum(sums.weights)
         self._account(sums, norm)
+        self.step_seconds.append(time.monotonic() - began)
 
     def _own(self) -> range:
         """This process's micro-batches of a step."""
@@ -448,6 +458,8 @@ class _Run:
             best_step=self.best[0] if self.best else None,
             best_value=self.best[1] if self.best else None,
             resumed_step=self.resumed_step,
+            step_seconds=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
+            peak_memory_bytes=throughput.peak_memory_bytes(self.device),
         )
 
 

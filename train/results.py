@@ -40,6 +40,10 @@ class FitResult:
         best_step: step of the best checkpoint by `best_metric`, None without one.
         best_value: its value.
         resumed_step: the step this call went on from (0 = it started afresh).
+        step_seconds: median seconds of a step of this call, without logging, evaluation and checkpoints; of few steps
+            the first is among them.
+        peak_memory_bytes: most memory this process has held: on a GPU what torch allocated there, else what was
+            resident.
     """
 
     steps: int
@@ -51,3 +55,5 @@ class FitResult:
     best_step: int | None
     best_value: float | None
     resumed_step: int
+    step_seconds: float
+    peak_memory_bytes: int

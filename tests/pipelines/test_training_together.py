@@ -75,8 +75,8 @@ class Alone:
         for kind in kinds:
             assert found[kind] == pytest.approx(self.curves[kind], rel=1e-5)
             for name, value in self.drafts[kind].items():
-                # Both are rounded to bf16, and Adam's first steps divide small gradients by themselves: the last bits of
-                # a sum may move a weight by a part of the learning rate (1e-3).
+                # Both are rounded to bf16, and Adam's first steps divide small gradients by themselves: the last bits
+                # of a sum may move a weight by a part of the learning rate (1e-3).
                 torch.testing.assert_close(tensors[kind][name].float(), value.float(), rtol=2**-7, atol=2e-4)
 
 

@@ -1,0 +1,199 @@
+"""How training scales over the processes of a host: the same losses, the time of a step, and what goes to talking.
+
+    python -m pipelines.scaling --sizes 1 2 --stages 1 2 3 -- "draft=[none,eagle3]" budget.responses=256
+
+Everything runs by the ordinary commands over one corpus. A step has `--micros` micro-batches in all for strong scaling
+(more processes, the same step) and as many for each process for weak scaling (more processes, a larger step); the first
+ZeRO stage is measured so, the others once, on the most processes. With `--resume` a run of the most processes is stopped
+half-way and goes on with one, and the other way round; with `--kill` one process is killed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.files import write_json
+
+_ALWAYS = ("trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs write and what all of them are told.
+
+    Attributes:
+        root: folder of the whole measurement.
+        words: of the configuration.
+        steps: of each training.
+    """
+
+    root: Path
+    words: tuple[str, ...]
+    steps: int
+
+    def run(self, name: str, stage: str, words: Sequence[str], *, size: int = 0) -> subprocess.Popen[str]:
+        """Start a stage over a copy of the corpus; size 0 is one process without torchrun."""
+        artifacts = self.root / name
+        if stage != "corpus" and not artifacts.exists():
+            for kind in ("corpus", "plan"):
+                shutil.copytree(self.root / "corpus" / kind, artifacts / kind, dirs_exist_ok=True)
+        launch = ["launch", "--processes", str(size)] if size else []
+        folders = [f"paths.artifacts={artifacts}", f"paths.registry={artifacts}/registry"]
+        told = [f"hydra.run.dir={artifacts}/log", f"trainer.steps={self.steps}", *self.words, *folders]
+        command = [sys.executable, "-m", "pipelines.cli", *launch, stage, *told, *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def outcome(self, name: str) -> dict[str, Any]:
+        """Losses, step time, memory and profile of the one draft that a build trained."""
+        (history,) = (self.root / name / "draft").glob("*/history.json")
+        metrics = json.loads((history.parent / "manifest.json").read_text())["metrics"]
+        profile = history.parent / "profile.json"
+        found = json.loads(profile.read_text()) if profile.is_file() else {}
+        return {
+            "losses": [line["loss"] for line in json.loads(history.read_text()) if "loss" in line],
+            "step_seconds": metrics["step_seconds"],
+            "tokens": metrics["tokens"],
+            "peak_memory_gib": metrics["peak_memory_bytes"] / 2**30,
+            "collectives": found.get("collectives_ms", 0.0) / found["total_ms"] if found else None,
+            "kernels": found.get("rows", [])[:5],
+        }
+
+
+def finished(process: subprocess.Popen[str], *, code: int | None = 0) -> str:
+    """What a run said; ends the measurement when its exit code is another."""
+    said, _ = process.communicate()
+    if code is not None and process.returncode != code:
+        raise SystemExit(f"exit code {process.returncode} instead of {code}:\n{said[-3000:]}")
+    return said
+
+
+def measure(place: Place, sizes: Sequence[int], stages: Sequence[int], micros: int, profiled: int) -> dict[str, Any]:
+    """Build the same draft in every way."""
+    finished(place.run("corpus", "corpus", ()))
+    results: dict[str, Any] = {}
+    watch = f"trainer.profile_steps={profiled}"
+    plain = {"plain": micros, **{f"plain_{size}x": micros * size for size in sizes if size > 1}}
+    for name, count in plain.items():
+        finished(place.run(name, "build", [f"trainer.accumulation={count}", *_ALWAYS, watch]))
+        results[name] = {"size": 1, "micros": count, **place.outcome(name)}
+        say(name, results[name])
+    for stage in stages:
+        for size in sizes:
+            for kind, count in (("strong", micros), ("weak", micros * size)):
+                if (kind == "weak" and size == 1) or (stage != stages[0] and (kind == "weak" or size < max(sizes))):
+                    continue
+                name = f"zero{stage}_{kind}_{size}"
+                words = ["trainer=deepspeed", f"trainer.zero_stage={stage}", f"trainer.accumulation={count}"]
+                finished(place.run(name, "build", [*words, *_ALWAYS, watch], size=size))
+                results[name] = {"size": size, "micros": count, "stage": stage, **place.outcome(name)}
+                same = results["plain" if count == micros else f"plain_{size}x"]
+                results[name]["off"] = off(results[name]["losses"], same["losses"])
+                say(name, results[name])
+    return results
+
+
+def off(losses: Sequence[float], same: Sequence[float]) -> float:
+    """Largest relative difference of two curves."""
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, same, strict=True))
+
+
+def resumed(place: Place, size: int, micros: int, stage: int) -> dict[str, Any]:
+    """Stop half-way by SIGTERM, go on with another number of processes; how far the curve is from the unbroken one."""
+    found: dict[str, Any] = {}
+    words = ["trainer=deepspeed", f"trainer.zero_stage={stage}", f"trainer.accumulation={micros}"]
+    words += ["trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1"]
+    finished(place.run("unbroken", "build", words, size=size))
+    same = place.outcome("unbroken")["losses"]
+    for first, then in ((size, 1), (1, size)):
+        name = f"from_{first}_on_{then}"
+        process = place.run(name, "build", words, size=first)
+        wait_for(place.root / name, place.steps // 2, process)
+        process.send_signal(signal.SIGTERM)
+        said = finished(process, code=143)
+        found[f"{name}_said"] = next(line for line in said.splitlines() if line.startswith("dspark: "))[:160]
+        finished(place.run(name, "build", words, size=then))
+        found[name] = off(place.outcome(name)["losses"], same)
+        print_line(f"{name}: curve off by {found[name]:.2g}")
+    return found
+
+
+def killed(place: Place, size: int, micros: int) -> dict[str, Any]:
+    """Kill one process; what the run says, and whether the same command then ends well."""
+    import psutil
+
+    words = ["trainer=deepspeed", f"trainer.accumulation={micros}", "trainer.checkpoint_every_steps=1"]
+    process = place.run("killed", "build", words, size=size)
+    wait_for(place.root / "killed", place.steps // 3, process)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--nproc-per-node" not in p.cmdline()]
+    began = time.monotonic()
+    ranks[-1].kill()
+    said = finished(process, code=None)
+    seconds = time.monotonic() - began
+    lines = [line for line in said.splitlines() if line.startswith("dspark: ")]
+    finished(place.run("killed", "build", words, size=size))
+    print_line(f"killed: {lines} after {seconds:.0f} s; the same command then ended well")
+    return {"code": process.returncode, "lines": lines, "seconds": seconds}
+
+
+def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until a checkpoint of a step is there."""
+    while not list(folder.glob(f"draft/.partial-*/checkpoints/step-{step:08d}")):
+        if process.poll() is not None:
+            raise SystemExit(f"ended before step {step}:\n{process.communicate()[0][-3000:]}")
+        time.sleep(0.02)
+
+
+def say(name: str, result: dict[str, Any]) -> None:
+    """One line of progress."""
+    shared = result["collectives"]
+    print_line(
+        f"{name}: {result['size']} processes, {result['micros']} micro-batches, {result['step_seconds']:.3f} s a step, "
+        f"collectives {'-' if shared is None else f'{100 * shared:.0f} %'}, {result['peak_memory_gib']:.2f} GiB, "
+        f"off {result.get('off', 0.0):.2g}"
+    )
+
+
+def print_line(line: str) -> None:
+    """A line on stdout, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and leave `scaling.json`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("build/scaling"), help="where everything is written")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--stages", type=int, nargs="+", default=[2], help="ZeRO stages")
+    parser.add_argument("--micros", type=int, default=8, help="micro-batches of a step (strong), or for each (weak)")
+    parser.add_argument("--steps", type=int, default=12, help="of each training")
+    parser.add_argument("--profile", type=int, default=3, help="steps that are profiled (0 = none)")
+    parser.add_argument("--resume", action="store_true", help="stop and go on with another number of processes")
+    parser.add_argument("--kill", action="store_true", help="kill one process")
+    parser.add_argument("words", nargs="*", help="Hydra words of every run")
+    args = parser.parse_args(argv)
+    place = Place(args.folder.resolve(), tuple(args.words), args.steps)
+    shutil.rmtree(place.root, ignore_errors=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    result: dict[str, Any] = {"runs": measure(place, args.sizes, args.stages, args.micros, args.profile)}
+    place.root.mkdir(parents=True, exist_ok=True)
+    write_json(place.root / "scaling.json", result)
+    if args.resume:
+        result["resumed"] = resumed(place, max(args.sizes), args.micros, args.stages[-1])
+    if args.kill:
+        result["killed"] = killed(place, max(args.sizes), args.micros)
+    write_json(place.root / "scaling.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
