@@ -19,6 +19,7 @@ which needs the whole target on one device.
 import functools
 import gc
 import itertools
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,7 @@ from inference.model import CausalModel, OutputHead
 from inference.precision import is_packed
 from inference.sharded import bare, gathered, load_part, settled
 
+_LOG = logging.getLogger(__name__)
 _FED = {
     "input_ids",
     "attention_mask",
@@ -84,7 +86,7 @@ def call_to(group: processes.Group, task: str, given: dict[str, Any]) -> None:
 
 
 def load_target(folder: Path, *, precision: str, device: torch.device, attention: str = "sdpa") -> CausalModel:
-    """A target in one arithmetic, spread over the processes of this run if it has several.
+    """A target in one arithmetic, spread over the processes of this run if it has several and it can be.
 
     Args:
         folder: the model folder, at the same place for every process.
@@ -93,14 +95,17 @@ def load_target(folder: Path, *, precision: str, device: torch.device, attention
         attention: transformers' attention implementation.
 
     Raises:
-        InputError: see `load_causal_model`; or the target cannot be spread, or one process cannot load its part.
+        InputError: see `load_causal_model`; or what is asked for cannot be spread, or one process cannot load its part.
         ProcessLost: one of them is gone.
     """
     group = processes.current()
     if group is None:
         return load_causal_model(folder, precision=precision, device=device, attention=attention)
     check_model_folder(folder)
-    check_spread(folder, precision=precision, device=device, size=group.size)
+    if reason := undivided(folder, size=group.size):
+        _say_once(f"the first process holds the target alone: {reason}")
+        return load_causal_model(folder, precision=precision, device=device, attention=attention)
+    check_spread(precision=precision, device=device, size=group.size)
     gc.collect()  # a sharded model that was dropped is a cycle; its memory is wanted now
     ledger = _ledger(group)
     number = next(ledger.numbers)
@@ -112,11 +117,26 @@ def load_target(folder: Path, *, precision: str, device: torch.device, attention
     return target
 
 
-def check_spread(folder: Path, *, precision: str, device: torch.device, size: int) -> None:
-    """Refuse a target that cannot be spread over so many processes.
+def undivided(folder: Path, *, size: int) -> str:
+    """Why a target cannot be spread over so many processes, by its family or its heads; empty where it can."""
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    if not text.base_model_tp_plan:
+        return f"transformers has no tensor-parallel plan for {text.model_type}"
+    heads = text.num_attention_heads
+    of_keys = text.to_dict().get("num_key_value_heads") or heads
+    shared = math.gcd(heads, of_keys)
+    if shared % size == 0:
+        return ""
+    fitting = [str(n) for n in range(2, shared + 1) if shared % n == 0]
+    other = f" ({' or '.join(fitting)} processes would do)" if fitting else ""
+    return f"{heads} heads, with {of_keys} of keys and values, cannot be shared out among {size} processes{other}"
+
+
+def check_spread(*, precision: str, device: torch.device, size: int) -> None:
+    """Refuse what a target cannot be spread with.
 
     Raises:
-        InputError: packed weights, no plan for its family, heads that cannot be shared out, or another device.
+        InputError: packed weights, or another device than the processes have.
     """
     if is_packed(precision):
         raise InputError(
@@ -130,23 +150,11 @@ def check_spread(folder: Path, *, precision: str, device: torch.device, size: in
             where="target.device",
             mend="use target.device=auto",
         )
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
-    if not text.base_model_tp_plan:
-        raise InputError(
-            f"transformers has no tensor-parallel plan for {text.model_type}",
-            where=str(folder),
-            mend="use one process, without torchrun",
-        )
-    heads = text.num_attention_heads
-    of_keys = text.to_dict().get("num_key_value_heads") or heads
-    shared = math.gcd(heads, of_keys)
-    if shared % size:
-        fitting = [str(n) for n in range(2, shared + 1) if shared % n == 0]
-        raise InputError(
-            f"{heads} heads, with {of_keys} of keys and values, cannot be shared out among {size} processes",
-            where="torchrun --nproc-per-node",
-            mend=f"use {' or '.join(fitting)} processes" if fitting else "use one process, without torchrun",
-        )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _LOG.warning("%s", line)
 
 
 class _Ledger:

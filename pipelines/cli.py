@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return _on_all_processes(lambda: _noted(_run(words)))
-    return _run(words)
+    return _noted(_run(words))
 
 
 def _on_all_processes(program: Callable[[], int]) -> int:
@@ -118,7 +118,8 @@ def _on_all_processes(program: Callable[[], int]) -> int:
 
 def _noted(code: int) -> int:
     """Leave the exit code where `dspark launch` finds it, which torchrun does not pass on."""
-    importlib.import_module("pipelines.launch").leave_code(code)
+    if "DSPARK_CODE_FILE" in os.environ:
+        importlib.import_module("pipelines.launch").leave_code(code)
     return code
 
 

@@ -2,10 +2,9 @@
 
     python -m pipelines.scaling --sizes 1 2 --stages 1 2 3 -- "draft=[none,eagle3]" budget.responses=256
 
-Everything runs by the ordinary commands over one corpus. A step has `--micros` micro-batches in all for strong scaling
-(more processes, the same step) and as many for each process for weak scaling (more processes, a larger step); the first
-ZeRO stage is measured so, the others once, on the most processes. With `--resume` a run of the most processes is stopped
-half-way and goes on with one, and the other way round; with `--kill` one process is killed.
+Everything runs by the ordinary commands over one corpus. For strong scaling a step has `--micros` micro-batches in all,
+for weak scaling as many for each process; the first ZeRO stage is measured so, the others once, on the most processes.
+With `--resume` a run is stopped half-way and goes on with another number of processes; with `--kill` one is killed.
 """
 
 import argparse
@@ -81,6 +80,8 @@ def measure(place: Place, sizes: Sequence[int], stages: Sequence[int], micros: i
     finished(place.run("corpus", "corpus", ()))
     results: dict[str, Any] = {}
     watch = f"trainer.profile_steps={profiled}"
+    if not stages:
+        return results
     plain = {"plain": micros, **{f"plain_{size}x": micros * size for size in sizes if size > 1}}
     for name, count in plain.items():
         finished(place.run(name, "build", [f"trainer.accumulation={count}", *_ALWAYS, watch]))
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/scaling"), help="where everything is written")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
-    parser.add_argument("--stages", type=int, nargs="+", default=[2], help="ZeRO stages")
+    parser.add_argument("--stages", type=int, nargs="*", default=[2], help="ZeRO stages; none = no times are taken")
     parser.add_argument("--micros", type=int, default=8, help="micro-batches of a step (strong), or for each (weak)")
     parser.add_argument("--steps", type=int, default=12, help="of each training")
     parser.add_argument("--profile", type=int, default=3, help="steps that are profiled (0 = none)")
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place.root.mkdir(parents=True, exist_ok=True)
     write_json(place.root / "scaling.json", result)
     if args.resume:
-        result["resumed"] = resumed(place, max(args.sizes), args.micros, args.stages[-1])
+        result["resumed"] = resumed(place, max(args.sizes), args.micros, (args.stages or [2])[-1])
     if args.kill:
         result["killed"] = killed(place, max(args.sizes), args.micros)
     write_json(place.root / "scaling.json", result)

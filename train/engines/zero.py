@@ -223,9 +223,12 @@ class ZeroEngine:
             return
         first = next(iter(state.values()))
         keys = [key for key in first if key != "step"]
+        fused = any(group.get("fused") for group in self._inner().param_groups)
         for flat in self._flat_parameters():
             zeros = {key: torch.zeros_like(flat.data) for key in keys}
-            self._inner().state[flat] = {"step": first["step"].clone(), **zeros}
+            # A fused kernel reads the count where the numbers are, the others read it on the CPU.
+            count = first["step"].clone().to(flat.device if fused else "cpu")
+            self._inner().state[flat] = {"step": count, **zeros}
         self._link()
         for name, parameter in self._named:
             for key in keys:
