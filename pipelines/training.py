@@ -34,6 +34,7 @@ from distill.features import (
     write_features,
 )
 from inference.drafters.quantized import quantization_config
+from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
 from inference.feature_drafts._checkpoint import go_on_from, save_network
 from inference.layers import drop_layers
@@ -218,6 +219,9 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
     processes; where these train, each has its own.
 
     Its head is used once per supervised token; fp32 keeps teacher and student comparable.
+
+    Raises:
+        InputError: it cannot be loaded, or its head is in bf16 and training is not.
     """
     cfg, device = lesson.cfg.target, company.device(lesson.cfg)
     alone = company.group is not None or num_processes() == 1
@@ -225,13 +229,20 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
         target = load_ends(lesson.target_folder, precision="fp32", device=device)
         target.model.requires_grad_(False)
         return target
-    if cfg.teacher_precision in PACKED_FORMATS:
-        compute = "fp32" if device.type == "cpu" else "bf16"
+    packs = cfg.teacher_precision in PACKED_FORMATS
+    compute = ("fp32" if device.type == "cpu" else "bf16") if packs else cfg.teacher_precision
+    if compute == "bf16" and lesson.trainer.precision != "bf16":
+        raise InputError(
+            f"a teacher in {cfg.teacher_precision} has a head in bf16, and trainer.precision is fp32",
+            where="target.teacher_precision",
+            mend="use trainer.precision=bf16, or target.teacher_precision=fp32",
+        )
+    if packs:
         packed = quantization_config(cfg.teacher_precision, compute_dtype=storage_dtype(compute))
         target = load_causal_model(lesson.target_folder, precision=compute, device=device, quantization=packed)
     else:
         load = load_causal_model if company.group else load_target
-        target = load(lesson.target_folder, precision=cfg.teacher_precision, device=device)
+        target = load(lesson.target_folder, precision=compute, device=device)
     target.model.requires_grad_(False)
     return target
 

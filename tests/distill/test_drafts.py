@@ -354,3 +354,12 @@ def test_a_made_draft_needs_a_draft(context: DraftContext, tmp_path: Path) -> No
     with pytest.raises(InputError, match="no draft here"):
         made_draft.Config(path=str(tmp_path / "nowhere")).write(context)
     assert not context.folder.exists()
+
+
+def test_a_merge_that_changes_what_the_model_says_is_refused(tmp_path: Path) -> None:
+    before = torch.linspace(-20.0, 20.0, 64).view(4, 16)
+    pretrained._check_merged(before, before + 1e-4, where=tmp_path)
+    with pytest.raises(InputError, match=r"merged adapters give other logits, off by 0\.1 of 20"):
+        pretrained._check_merged(before, before + 0.1, where=tmp_path)
+    with pytest.raises(InputError, match="off by nan"):
+        pretrained._check_merged(before, before * float("nan"), where=tmp_path)

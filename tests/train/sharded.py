@@ -56,7 +56,9 @@ def weigh(batch: Batch) -> float:
     return float(batch["weights"].sum())
 
 
-def train(folder: Path, *, dropout: float = 0.0, pause: float = 0.0, **changes: Any) -> tuple[Network, FitResult]:
+def train(
+    folder: Path, *, dropout: float = 0.0, pause: float = 0.0, mutant: str = "", **changes: Any
+) -> tuple[Network, FitResult]:
     """Train it; `changes` go to the settings."""
     module = Network(dropout)
 
@@ -82,8 +84,8 @@ def train(folder: Path, *, dropout: float = 0.0, pause: float = 0.0, **changes: 
         folder=folder,
         tracker=NoTracker(),
         evaluate=lambda: {"loss": float(module.loss(batches(99, 0)).loss_sum)},
-        weigh=weigh,
-        used_apart=[module.head],
+        weigh=weigh if mutant != "micro-batches weigh alike" else lambda batch: 7.0,
+        used_apart=[module.head] if mutant != "the head is not gathered" else [],
     )
     return module, result
 

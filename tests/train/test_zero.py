@@ -64,6 +64,23 @@ def test_two_processes_learn_what_one_does(
 
 
 @pytest.mark.slow
+def test_micro_batches_that_weigh_alike_would_be_noticed(
+    tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    # 7 is the mean weight of a micro-batch here: what is left is a mean of means.
+    finish(start(tmp_path, size=2, zero_stage=2, mutant="micro-batches weigh alike"))
+    with pytest.raises(AssertionError):
+        close(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_part_read_outside_its_own_pass_must_be_named_in_stage_3(tmp_path: Path) -> None:
+    process = start(tmp_path, size=2, zero_stage=3, mutant="the head is not gathered")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode != 0, said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "all")])
 def test_offload_changes_nothing(
     tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]], stage: int, offload: str
