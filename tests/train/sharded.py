@@ -4,6 +4,7 @@ The network has a part that is used apart from its own `forward`, frozen paramet
 its parts: what ZeRO stage 3 has to gather by name.
 """
 
+import errno
 import json
 import os
 import sys
@@ -16,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.train import tiny
+from train import checkpoint
 from train.batches import Batch
 from train.config import TrainerConfig
+from train.engines import zero
 from train.loop import FitResult, LossOutput, fit
 from train.optimizers import adamw
 from train.signals import Stopped
@@ -39,7 +42,8 @@ class Network(nn.Module):
 
     def loss(self, batch: Batch) -> LossOutput:
         hidden = self.norm(self.layers(self.frozen(batch["features"]))) * self.scale
-        logits = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype), self.head.bias.to(hidden.dtype))
+        head = {name: p.to(hidden.dtype) for name, p in self.head.named_parameters()}
+        logits = nn.functional.linear(hidden, head["weight"], head["bias"])
         losses = nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
         right = (logits.argmax(-1) == batch["labels"]).float() * batch["weights"]
         weight = batch["weights"].sum()
@@ -61,6 +65,9 @@ def train(
 ) -> tuple[Network, FitResult]:
     """Train it; `changes` go to the settings."""
     module = Network(dropout)
+    if mutant == "mean of means":
+        right = zero.ZeroEngine._backward
+        zero.ZeroEngine._backward = lambda self, batch, share: right(self, batch, share * 7.0 / weigh(batch))
 
     def slow(step: int, micro: int) -> Batch:
         time.sleep(pause)
@@ -84,20 +91,35 @@ def train(
         folder=folder,
         tracker=NoTracker(),
         evaluate=lambda: {"loss": float(module.loss(batches(99, 0)).loss_sum)},
-        weigh=weigh if mutant != "micro-batches weigh alike" else lambda batch: 7.0,
+        weigh=weigh,
         used_apart=[module.head] if mutant != "the head is not gathered" else [],
     )
     return module, result
+
+
+def fill_the_disk(step: int) -> None:
+    """Let checkpoints from a step on find no room."""
+    write = checkpoint.write_snapshot
+
+    def full(root: Path, snapshot: checkpoint.Snapshot) -> Path:
+        if snapshot.step >= step:
+            raise OSError(errno.ENOSPC, "No space left on device", str(root))
+        return write(root, snapshot)
+
+    checkpoint.write_snapshot = full
 
 
 def main() -> int:
     """Train as told, and leave what came out."""
     told = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    zero.PERSISTENT_NUMBERS = 0  # everything is spread, however small
     rank = int(os.environ.get("RANK", 0))
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     folder = Path(told.pop("folder"))
+    if full_at := told.pop("full_at", 0):
+        fill_the_disk(full_at)
     try:
         module, result = train(folder, **{"engine": "deepspeed", **told})
     except Stopped as stopped:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train import sharded, tiny
+from train import checkpoint
 from train.errors import TrainingError
 from train.optimizers import adamw, adamw8bit
 
@@ -64,11 +65,8 @@ def test_two_processes_learn_what_one_does(
 
 
 @pytest.mark.slow
-def test_micro_batches_that_weigh_alike_would_be_noticed(
-    tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
-) -> None:
-    # 7 is the mean weight of a micro-batch here: what is left is a mean of means.
-    finish(start(tmp_path, size=2, zero_stage=2, mutant="micro-batches weigh alike"))
+def test_a_mean_of_means_would_be_noticed(tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+    finish(start(tmp_path, size=2, zero_stage=2, mutant="mean of means"))
     with pytest.raises(AssertionError):
         close(tmp_path, alone)
 
@@ -123,6 +121,21 @@ def test_a_run_goes_on_under_another_stage_or_number_of_processes(
     finish(start(tmp_path, size=size, zero_stage=stage))
     assert json.loads((tmp_path / "result.json").read_text())["resumed"] >= 3
     close(tmp_path, alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_and_leaves_the_last_checkpoint_whole(
+    tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    process = start(tmp_path, size=2, zero_stage=2, full_at=4)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "No space left on device" in said  # the process that writes
+    assert "another process of this training failed: see its own message" in said  # the other one
+    snapshot = checkpoint.newest_snapshot(tmp_path / "checkpoints")
+    assert snapshot is not None and snapshot.step == 3
+    finish(start(tmp_path, size=2, zero_stage=2))
+    close(tmp_path, alone)
 
 
 def test_micro_batches_that_do_not_go_round_are_refused() -> None:

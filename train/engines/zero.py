@@ -26,6 +26,8 @@ from train.optimizers import OptimizerConfig
 from train.results import LossOutput
 
 _NEVER = 10**9
+PERSISTENT_NUMBERS = 10_000
+"""Parameters up to this size stay whole in stage 3: gathering one costs more than it saves."""
 Value = TypeVar("Value")
 
 
@@ -381,7 +383,7 @@ def _settings(arithmetic: str, clip_norm: float, micros: int, stage: int, offloa
     if offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 10_000
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMBERS
     return {
         "train_micro_batch_size_per_gpu": 1,  # a batch's size is the loss's business: DeepSpeed only multiplies with it
         "gradient_accumulation_steps": micros,
