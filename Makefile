@@ -12,7 +12,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check kills stops format clean
+.PHONY: help env demo test check kills format clean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,9 +33,6 @@ check: env  ## lint, formatting and types
 
 kills: env  ## kill -9 a small run ten times, and compare what it ends with (about 20 minutes)
 	$(BIN)/python .ci/kills.py $(ARGS)
-
-stops: env  ## kill -9 and SIGTERM training of one and of two processes twenty times each (about 10 minutes)
-	DSPARK_STOPS=20 $(TEST_ENV) $(BIN)/python -m pytest -q tests/train/test_kills.py --timeout 1800 $(TESTS)
 
 format: env  ## mend formatting and what the linter can mend
 	$(BIN)/ruff check --fix .

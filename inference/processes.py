@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed
@@ -176,7 +176,7 @@ class Group:
         )
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process at once: libraries that wait for a lost one when they are torn down are not torn down."""
     logging.shutdown()
     sys.stdout.flush()

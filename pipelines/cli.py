@@ -113,7 +113,9 @@ def _on_all_processes(program: Callable[[], int]) -> int:
         code: int = importlib.import_module("inference.parallel").run(program, {ranks.TASK: ranks.come})
     except Exception as error:
         return _end(ending(error, words=()))
-    return code
+    # All have parted in good order; what libraries take down after that aborts now and then, with threads running.
+    importlib.import_module("inference.processes").leave(code)
+    raise AssertionError("this process has ended")
 
 
 def _noted(code: int) -> int:

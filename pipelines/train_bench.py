@@ -64,7 +64,8 @@ def run_arm(draft: str, arm: str, folder: Path, steps: int) -> dict[str, float]:
     register()
     with initialize_config_module(CONF, version_base=VERSION_BASE):
         cfg = typed(compose(PRIMARY, overrides=words(draft, folder, steps)))
-    (corpus,) = (folder / "artifacts" / "corpus").iterdir()
+    (manifest,) = (folder / "artifacts" / "corpus").glob("*/manifest.json")
+    corpus = manifest.parent
     target = cfg.target.folder(cfg.paths.cache)
     name = DRAFTS[draft]
     if arm == "ours":
