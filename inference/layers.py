@@ -4,6 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from inference.errors import InputError
+from inference.memory import return_memory
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -26,6 +27,7 @@ def drop_layers(model: PreTrainedModel) -> None:
     text.num_hidden_layers = 0
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
+    return_memory()
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
@@ -51,6 +53,7 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", index)  # noqa: B010  (an int on a module, which nn.Module types as a tensor)
+    return_memory()
     return model
 
 
