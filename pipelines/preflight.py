@@ -10,6 +10,7 @@ from inference.processes import num_processes
 from inference.target import PACKED_FORMATS
 from pipelines.config import RunConfig
 from train.engines.zero import check_spread
+from train.optimizers import adamw8bit
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def check_training(cfg: RunConfig) -> None:
         _check_deepspeed(cfg, size)
     elif size > 1:
         logger.warning("trainer.engine is plain: the first process trains alone; trainer=deepspeed uses all %d", size)
-    if hasattr(cfg.optimizer, "check"):
+    if isinstance(cfg.optimizer, adamw8bit.Config):
         cfg.optimizer.check(device)
     formats = [cfg.target.teacher_precision] if cfg.target.teacher_precision in PACKED_FORMATS else []
     formats += ["nf4" for draft in trained.values() if getattr(draft, "adapter", "") == "qlora"]

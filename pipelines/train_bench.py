@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(args.rounds):
         for draft in DRAFTS:
             for arm in ARMS:
-                subprocess.run(["rm", "-rf", str(folder / "work")], check=True)
+                shutil.rmtree(folder / "work", ignore_errors=True)
                 command = [sys.executable, "-m", "pipelines.train_bench", "--arm", draft, arm]
                 told = ["--folder", str(folder), "--steps", str(args.steps)]
                 done = subprocess.run([*command, *told], check=True, stdout=subprocess.PIPE, text=True)

@@ -88,12 +88,10 @@ def fit(
             among the evaluation's metrics, or an engine that cannot do what is asked.
         KeyboardInterrupt, Stopped: SIGINT or SIGTERM came; a checkpoint was written after the step in progress.
     """
-    measured = not isinstance(tracker, NoTracker)
     tracker = guarded(tracker)
     try:
         make = partial(_engine, module, loss=loss, weigh=weigh, optimizer=optimizer, cfg=cfg, used_apart=used_apart)
         run = _Run(module, batches, make, optimizer, loss, cfg, folder / "checkpoints", tracker, evaluate)
-        run.measured = measured
         alone = run.engine.size == 1
         watched = StepProfile(cfg.profile_steps, folder / PROFILE_FILE if run.leads else None)
         shown = Progress(cfg.steps, done=run.step, shown=run.leads)
@@ -187,19 +185,20 @@ class _Run:
         self.window: dict[str, list[float]] = {}
         self.best: tuple[int, float] | None = None
         self.last_loss, self.last_lr = math.nan, math.nan
-        self.measured = False  # whether somebody wants to know how well the device is used
         self.told: int | None = None  # the signal that one of the processes has got
-        self.flops: float | None = None
+        self.usage = throughput.Usage(self.device, cfg.precision)
         snapshot = self._snapshot()
         self.engine = engine()
         self.leads = self.engine.rank == 0
-        self.tracker: Tracker = tracker if self.leads else NoTracker()
         self.base_lrs = [float(group["lr"]) for group in self.engine.optimizer.param_groups]
         self.resumed_step = self._resume(snapshot)
         self.saved_step = self.resumed_step
         self.step_seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
-        self.clock = self.logged_at = time.monotonic()
-        self.logged_tokens, self.logged_step = self.tokens, self.step
+        # The first process alone has a tracker, and counting FLOPs takes all of them.
+        wanted = torch.tensor([float(not isinstance(tracker, NoTracker))], dtype=torch.float64)
+        self.measured = bool(self.engine.total(wanted) > 0)
+        self.tracker: Tracker = tracker if self.leads else NoTracker()
+        self.clock = time.monotonic()
         module.train()
 
     # One step
@@ -219,6 +218,7 @@ class _Run:
         self.last_loss = math.fsum(sums.losses) / math.fsum(sums.weights)
         self._account(sums, norm)
         self.step_seconds.append(time.monotonic() - began)
+        self.usage.step(tokens=sums.tokens, seconds=self.step_seconds[-1])
 
     def _own(self) -> range:
         """This process's micro-batches of a step."""
@@ -309,28 +309,19 @@ class _Run:
         metrics["lr"] = self.last_lr
         self.metrics.update(metrics)
         self.history.append({"step": self.step, **metrics})
-        used = {"tokens": float(self.tokens), "seconds": self._elapsed(), **(self._usage() if self.measured else {})}
+        used = {"tokens": float(self.tokens), "seconds": self._elapsed(), **self._usage()}
         self.tracker.log(self.step, {**metrics, **used})
 
     def _usage(self) -> dict[str, float]:
-        """Tokens a second since the last line, memory, and model FLOPs over the device's peak (an estimate)."""
-        if self.flops is None:
+        """How well the device is used, where somebody wants to know; all processes count their FLOPs together."""
+        if not self.measured:
+            return {}
+        if self.usage.flops is None:
             batch = self.batches(self.step - 1, self.engine.rank)
             with self._aside():
                 own = throughput.training_flops(lambda: self.engine.within(lambda: self.loss(batch)))
-            self.flops = own * len(self._own())  # of a step, on this process
-            self.logged_at, self.logged_tokens, self.logged_step = time.monotonic(), self.tokens, self.step
-            return {"memory_gib": throughput.peak_memory_bytes(self.device) / 2**30}
-        now = time.monotonic()
-        seconds = max(now - self.logged_at, 1e-9)
-        rate = self.flops * (self.step - self.logged_step) / seconds
-        usage = {
-            "tokens_per_s": (self.tokens - self.logged_tokens) / seconds,
-            "mfu": rate / throughput.peak_flops(self.device, self.cfg.precision),
-            "memory_gib": throughput.peak_memory_bytes(self.device) / 2**30,
-        }
-        self.logged_at, self.logged_tokens, self.logged_step = now, self.tokens, self.step
-        return usage
+            self.usage.flops = own * len(self._own())
+        return self.usage.taken()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

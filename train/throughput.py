@@ -20,6 +20,40 @@ _SIZE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 4
 
 
+class Usage:
+    """Sums of steps since the last line, and what they come to.
+
+    Args:
+        device: of the training.
+        precision: of its products, "fp32" or "bf16".
+    """
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self._device, self._precision = device, precision
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self.flops: float | None = None
+        """Of one step on this process; None before they were counted."""
+
+    def step(self, *, tokens: int, seconds: float) -> None:
+        """Note a step: its tokens over all processes, and its seconds without logging, evaluation and checkpoints."""
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += seconds
+
+    def taken(self) -> dict[str, float]:
+        """`tokens_per_s`, `mfu` and `memory_gib` of the steps since last asked."""
+        assert self.flops is not None, "FLOPs are counted before they are divided"
+        seconds = max(self._seconds, 1e-9)
+        rate = self.flops * self._steps / seconds
+        usage = {
+            "tokens_per_s": self._tokens / seconds,
+            "mfu": rate / peak_flops(self._device, self._precision),
+            "memory_gib": peak_memory_bytes(self._device) / 2**30,
+        }
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        return usage
+
+
 def training_flops(forward: Callable[[], object]) -> float:
     """FLOPs of a training step of what `forward` computes; 0 where torch cannot count them."""
     counter = FlopCounterMode(display=False)

@@ -65,6 +65,18 @@ def test_two_processes_learn_what_one_does(
 
 
 @pytest.mark.slow
+def test_a_tracker_of_the_first_process_alone_holds_nobody_up(
+    tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    # In stage 3 FLOPs are counted in a pass that gathers: all processes take part, whoever wants to know.
+    finish(start(tmp_path, size=2, zero_stage=3, tracked=True))
+    close(tmp_path, alone)
+    lines = [line for line in json.loads((tmp_path / "result.json").read_text())["tracked"] if "loss" in line]
+    assert len(lines) == 6
+    assert all(line["tokens_per_s"] > 0 and 0 < line["mfu"] < 1 for line in lines)
+
+
+@pytest.mark.slow
 def test_a_mean_of_means_would_be_noticed(tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]) -> None:
     finish(start(tmp_path, size=2, zero_stage=2, mutant="mean of means"))
     with pytest.raises(AssertionError):

@@ -1,5 +1,6 @@
 """One process, torch's own backward pass and optimizer."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -55,9 +56,10 @@ class PlainEngine:
         norm = torch.nn.utils.get_total_norm(grads)
         if self._clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-        if bool(torch.isfinite(norm)):
+        value = float(norm)
+        if math.isfinite(value):
             self.optimizer.step()
-        return float(norm)
+        return value
 
     def total(self, values: Tensor) -> Tensor:
         """See `Engine.total`."""
