@@ -7,46 +7,33 @@ what the corpus lacks, and takes its share of every step. The first one leads; i
 
 import copy
 import dataclasses
-import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from distill.conversation import Joined, in_memory
-from distill.corpus import StoredSamples, read_shards, shard_written, write_shard
-from distill.distillation import Distillation, capture_states
+from distill.conversation import Joined
+from distill.corpus import StoredSamples, read_shards
+from distill.distillation import Distillation
 from distill.drafts import DraftContext, Student, write_spec
-from distill.feature_distillation import FeatureDistillation, FeaturesOf, covered_mass, draft_vocabulary
-from distill.features import (
-    FeatureShards,
-    capture_features,
-    feature_bytes,
-    features_path,
-    kept_taps,
-    write_features,
-)
+from distill.feature_distillation import FeatureDistillation, covered_mass, draft_vocabulary
 from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
 from inference.feature_drafts._checkpoint import go_on_from, save_network
-from inference.layers import drop_layers
 from inference.loading import load_causal_model, load_ends
 from inference.model import CausalModel
-from inference.parallel import ParallelModel, load_target
+from inference.parallel import load_target
 from inference.precision import storage_dtype
 from inference.processes import Group, num_processes
-from inference.sharded import agreed
 from inference.target import PACKED_FORMATS, config_shape, stop_tokens
+from pipelines.capturing import FEATURES, STATED, captured_features, captured_states, let_layers_go
+from pipelines.company import Company
 from pipelines.config import RunConfig
-from pipelines.progress import tracked
 from train.config import TrainerConfig
 from train.engines.zero import spread_frozen
 from train.loop import Batch, FitResult, LossOutput, fit
@@ -55,9 +42,7 @@ from train.trackers.none import NoTracker
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-_FEATURES, _STATED = "features", "stated"
-SCRATCH = ("checkpoints", _FEATURES, _STATED)
+SCRATCH = ("checkpoints", FEATURES, STATED)
 """What training leaves in its folder that the finished draft does without."""
 
 
@@ -89,47 +74,6 @@ class Lesson:
     def draft(self) -> Any:
         """The draft's settings."""
         return self.cfg.draft[self.name]
-
-
-@dataclass(frozen=True)
-class Company:
-    """The processes that train together; one without a group is alone."""
-
-    group: Group | None = None
-
-    @property
-    def rank(self) -> int:
-        """Which of them this is."""
-        return self.group.rank if self.group else 0
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        return self.group.size if self.group else 1
-
-    def together(self, work: Callable[[], Result]) -> Result:
-        """This process's part of some work; done when all have done theirs.
-
-        Raises:
-            InputError: this process refuses, or another one.
-        """
-        return agreed(self.group, work) if self.group else work()
-
-    def of_first(self, decided: str) -> str:
-        """What the first process decided."""
-        return self.group.lines(decided)[0] if self.group else decided
-
-    def of_all(self, said: str) -> list[str]:
-        """What every process says, in the order of ranks."""
-        return self.group.lines(said) if self.group else [said]
-
-    def device(self, cfg: RunConfig) -> torch.device:
-        """The device asked for; of several processes each has a GPU of its own."""
-        device = cfg.target.torch_device()
-        if self.group and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        return device
 
 
 @dataclass(frozen=True)
@@ -266,60 +210,6 @@ def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:
     return True
 
 
-def _captured(
-    company: Company,
-    shards: Sequence[StoredSamples],
-    *,
-    what: str,
-    there: Callable[[int], bool],
-    write: Callable[[int], None],
-    idle: Callable[[], object] | None,
-) -> None:
-    """Capture something of every shard that lacks it: each process its share.
-
-    Args:
-        company: the processes.
-        shards: of the corpus.
-        what: for the progress line.
-        there: whether a shard has it already.
-        write: captures that of one shard.
-        idle: one conversation's pass, for a process that has done while others, whose target it holds a part of, have
-            not; None where each has a target of its own.
-    """
-    own = [index for index in range(len(shards)) if index % company.size == company.rank and not there(index)]
-    calls = sum(len(shards[index]) for index in own)
-    most = max(map(int, company.of_all(str(calls)))) if idle else calls
-
-    def work() -> None:
-        for index in tracked(own, what, unit="shards") if company.rank == 0 else own:
-            write(index)
-        for _ in range(most - calls):
-            assert idle is not None, "a process with a target of its own waits for nobody"
-            idle()
-
-    company.together(work)
-
-
-def _stated(
-    lesson: Lesson, company: Company, target: CausalModel, shards: list[StoredSamples], *, spread: bool
-) -> list[StoredSamples]:
-    """The corpus, shard by shard, with the states that its generator did not keep."""
-    if all(sample.has_states for shard in shards for sample in shard):
-        return shards
-    folder = lesson.folder / _STATED
-    folder.mkdir(parents=True, exist_ok=True)
-    bare = in_memory(shards[0][0], states=None)
-    _captured(
-        company,
-        shards,
-        what="states",
-        there=partial(shard_written, folder),
-        write=lambda index: write_shard(folder, index, capture_states(target, shards[index])),
-        idle=(lambda: capture_states(target, [bare])) if spread else None,
-    )
-    return company.together(lambda: read_shards(folder))
-
-
 def _student_trainee(lesson: Lesson, company: Company, target: CausalModel, shards: list[StoredSamples]) -> _Trainee:
     """A language model of its own, learning from tokens and states."""
     cfg, draft = lesson.cfg, lesson.draft
@@ -339,9 +229,9 @@ def _student_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
     student = company.together(student_of)
     on_policy = draft.on_policy(stop_tokens(target))
     spread = _spread(lesson, company, target)
-    shards = _stated(lesson, company, target, shards, spread=spread)
+    shards = captured_states(lesson.folder, company, target, shards, spread=spread)
     if on_policy is None:
-        _let_layers_go(target)
+        let_layers_go(target)
     task = company.together(
         lambda: Distillation(
             student.model,
@@ -387,13 +277,13 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
 
     network = company.together(network_of)
     spread = _spread(lesson, company, target)
-    shards = _stated(lesson, company, target, shards, spread=spread)
+    shards = captured_states(lesson.folder, company, target, shards, spread=spread)
     samples = Joined(shards)
     covered = covered_mass(target, samples, network.vocabulary)
     if network.vocabulary is not None and company.rank == 0:
         said = (draft.kind, len(network.vocabulary), 100 * covered)
         logger.info("%s proposes %d tokens, %.1f %% of the target's mass", *said)
-    features = _features(lesson, company, target, shards, network.taps, spread=spread)
+    features = captured_features(lesson.corpus, lesson.folder, company, target, shards, network.taps, spread=spread)
     task = company.together(
         lambda: FeatureDistillation(
             network, target, samples, features_of=features, objective=cfg.objective.build(), seed=cfg.seed
@@ -406,64 +296,3 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
 
     apart = [network.head, *([network.lm_head] if network.vocabulary is not None else [])]
     return _Trainee(network, task, save, used_apart=apart, metrics={"covered_mass": covered})
-
-
-def _features(
-    lesson: Lesson,
-    company: Company,
-    target: CausalModel,
-    shards: Sequence[StoredSamples],
-    taps: list[int],
-    *,
-    spread: bool,
-) -> FeaturesOf:
-    """Features by sample: the corpus's own where it kept these layers; else captured beside the draft, each process its
-    share of the shards, if the disk has room; else from the target again whenever a batch asks."""
-    kept = company.together(lambda: kept_taps(lesson.corpus))
-    if set(taps) <= set(kept):
-        _let_layers_go(target)
-        return company.together(lambda: FeatureShards(lesson.corpus, shards, taps=taps).resident(target.device).of)
-    folder = lesson.folder / _FEATURES
-    size, room = _needed_bytes(folder, shards, target, len(taps)), _room_bytes(lesson.folder)
-    size, room = json.loads(company.of_first(json.dumps([size, room])))
-    if size > room:
-        if company.rank == 0:
-            said = f"features need {size / 2**20:.0f} MiB, there is room for {room / 2**20:.0f}"
-            logger.warning("%s: the target runs again every step", said)
-        return partial(capture_features, target, taps=taps)
-    if company.rank == 0:
-        logger.info("the corpus kept no features of layers %s: capturing %.0f MiB", taps, size / 2**20)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    _captured(
-        company,
-        shards,
-        what="features",
-        there=lambda index: features_path(folder, index).is_file(),
-        write=lambda index: write_features(
-            folder, index, [capture_features(target, s, taps) for s in shards[index]], taps
-        ),
-        idle=(lambda: capture_features(target, shards[0][0], taps)) if spread else None,
-    )
-    _let_layers_go(target)
-    return company.together(lambda: FeatureShards(folder, shards, taps=taps).resident(target.device).of)
-
-
-def _needed_bytes(folder: Path, shards: Sequence[StoredSamples], target: CausalModel, num_taps: int) -> int:
-    """Bytes of features that are still to be captured."""
-    missing = [shard for index, shard in enumerate(shards) if not features_path(folder, index).is_file()]
-    tokens = sum(sample.num_tokens for shard in missing for sample in shard)
-    hidden = target.model.config.get_text_config(decoder=True).hidden_size
-    return feature_bytes(tokens=tokens, hidden=hidden, num_taps=num_taps)
-
-
-def _room_bytes(folder: Path) -> float:
-    """Bytes that features may take: half of what is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(folder).free / 2
-
-
-def _let_layers_go(target: CausalModel) -> None:
-    """Free the target's layers: from here on its embedding and its head are all that is used."""
-    if not isinstance(target, ParallelModel):  # whose layers the other processes feed too
-        drop_layers(target.model)

@@ -34,7 +34,7 @@ from inference.pair import load_pair
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import stop_tokens
-from pipelines import config, corpus, plan, publish, select, training, verify
+from pipelines import capturing, config, corpus, plan, publish, select, training, verify
 from pipelines.artifacts import Artifact, Store
 from pipelines.select import Decision, decide
 from tests.pipelines.conftest import Finished
@@ -594,7 +594,7 @@ def test_on_a_full_disk_the_target_runs_again_at_every_step_with_the_same_outcom
     place = copied(captured.place, tmp_path / "place", "plan", "corpus")
     monkeypatch.setattr(shutil, "disk_usage", disk_with(2**10))
     written: list[Path] = []
-    monkeypatch.setattr(training, "write_features", lambda folder, *_: written.append(folder))
+    monkeypatch.setattr(capturing, "write_features", lambda folder, *_: written.append(folder))
     text, code = run(place.words(*alone("dspark"), UNKEPT, stage="build"))
     assert code == 0, text
     assert "features need 0 MiB, there is room for 0: the target runs again every step" in text.splitlines()

@@ -10,11 +10,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.pipelines.tiny import REPOSITORY, Workplace, run
+from train.checkpoint import newest_snapshot
 
 DRAFTS = "draft=[none,pruned,eagle3,dspark]"
 STEPS = ("trainer.steps=5", "trainer.log_every_steps=1", "lookahead.tokens=3")
@@ -119,21 +121,20 @@ def test_a_spread_target_is_captured_by_all(bare: Alone, tmp_path: Path) -> None
     bare.compare(place, {"pruned", "eagle3", "dspark"})
 
 
-@pytest.mark.slow
-def test_sigterm_saves_the_step_and_says_how_to_go_on(alone: Alone, tmp_path: Path) -> None:
-    place = alone.beside(tmp_path / "two")
-    words = place.words(
-        "draft=[none,dspark]",
-        *alone.words,
-        *TOGETHER,
-        "trainer.steps=400",
-        "trainer.checkpoint_every_steps=1",
-        stage="build",
-    )
-    process = launch(words)
-    while not list(place.artifacts.glob("draft/.partial-*/checkpoints/step-00000002")):
+def begun(alone: Alone, root: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A training of two processes that has saved two of its many steps, and where it saves them."""
+    place = alone.beside(root)
+    long = ("trainer.steps=400", "trainer.checkpoint_every_steps=1")
+    process = launch(place.words("draft=[none,dspark]", *alone.words, *TOGETHER, *long, stage="build"))
+    while not (found := list(place.artifacts.glob("draft/.partial-*/checkpoints/step-00000002"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    return process, found[0].parent
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_says_how_to_go_on(alone: Alone, tmp_path: Path) -> None:
+    process, _ = begun(alone, tmp_path / "two")
     process.send_signal(signal.SIGTERM)
     said = finish(process, code=143)
     (line,) = [line for line in said.splitlines() if line.startswith("dspark: ")]
@@ -144,28 +145,12 @@ def test_sigterm_saves_the_step_and_says_how_to_go_on(alone: Alone, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_lost_process_ends_all_with_one_line_and_a_whole_checkpoint(alone: Alone, tmp_path: Path) -> None:
-    import psutil
-
-    from train.checkpoint import newest_snapshot
-
-    place = alone.beside(tmp_path / "two")
-    words = place.words(
-        "draft=[none,dspark]",
-        *alone.words,
-        *TOGETHER,
-        "trainer.steps=400",
-        "trainer.checkpoint_every_steps=1",
-        stage="build",
-    )
-    process = launch(words)
-    while not (found := list(place.artifacts.glob("draft/.partial-*/checkpoints/step-00000002"))):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    process, checkpoints = begun(alone, tmp_path / "two")
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--nproc-per-node" not in p.cmdline()]
     ranks[-1].kill()
     said = finish(process, code=1)
     assert said.count("dspark: another process of this run ended or does not answer") == 1
-    assert newest_snapshot(found[0].parent) is not None
+    assert newest_snapshot(checkpoints) is not None
 
 
 @pytest.mark.parametrize(
