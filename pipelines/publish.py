@@ -22,6 +22,7 @@ from pipelines.corpus import read_prompts
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.errors import StageFailed
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
+from pipelines.finish import ALL
 from pipelines.lineage import publish as track_pair
 from pipelines.lineage import tracked
 from pipelines.registry import CHAMPION, move_alias, next_version, versions
@@ -57,10 +58,13 @@ class PublishConfig:
         name: of the pair in the registry.
         check_prompts: prompts decoded again by a fresh process from the published files, at every temperature scored;
             their tokens must be the scored ones.
+        exports: formats for serving engines that are written to `serve/`; `all` for those that fit the draft, an empty
+            list for none.
     """
 
     name: str = "smollm2-135m"
     check_prompts: int = 2
+    exports: list[str] = field(default_factory=lambda: [ALL])
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or re.fullmatch(r"v\d+", self.name):
@@ -155,19 +159,20 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
         write_json(aside / PAIR_FILE, _pair_info(context, decision, lineage, cards, version, aside))
         write_text(aside / CARD_FILE, _model_card(context, decision, cards, version))
         fsync_tree(aside)
-        _verify_in_fresh_process(aside, context)
+        _finish_in_fresh_process(aside, context)
         os.rename(aside, folder)
         fsync_path(folder.parent)
     logger.info("published %s: %s", folder, decision.reason)
     return folder
 
 
-def _verify_in_fresh_process(folder: Path, context: RunContext) -> None:
-    """Load the files as a stranger would and decode; the tokens must be those of the score."""
+def _finish_in_fresh_process(folder: Path, context: RunContext) -> None:
+    """Write the exports, load the files as a stranger would and decode; the tokens must be those of the score."""
     cfg = context.cfg
     options = ["--cache", str(cfg.paths.cache), "--device", cfg.target.device]
+    options += [word for name in cfg.publish.exports for word in ("--export", name)]
     # Without the folder dspark was called in (-P), where a `train` or an `inference` of the user's may lie.
-    command = [sys.executable, "-P", "-m", "pipelines.verify", str(folder), *options]
+    command = [sys.executable, "-P", "-m", "pipelines.finish", str(folder), *options]
     path = os.pathsep.join(filter(None, [str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
@@ -202,6 +207,7 @@ def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[C
             top_p=cfg.decode.top_p,
             repetition_penalty=cfg.decode.repetition_penalty,
             digest=r.digest,
+            passes=r.passes,
         )
         for r in records
         if r.prompt_id in chosen

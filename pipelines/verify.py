@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference.decoder import Request, decode
+from inference.decoder import Decoded, Request, decode
+from inference.drafters import Drafter
 from inference.errors import InputError
 from inference.pair import DEFAULT_CACHE, Pair, load_pair, read_pair
 from inference.randomness import TorchSource
@@ -19,6 +20,7 @@ from inference.records import tokens_digest
 from inference.sampling import SamplingSettings
 from inference.scoring import request_seed
 from inference.target import stop_tokens
+from pipelines.exports.parity import check_exports
 from pipelines.files import read_json, sha256_file
 
 CHECKS_FILE = "checks.json"
@@ -40,6 +42,7 @@ class Check:
         top_p: likewise.
         repetition_penalty: likewise.
         digest: of the emitted tokens.
+        passes: target passes it took; 0 where that is not known.
     """
 
     prompt_id: str
@@ -53,10 +56,11 @@ class Check:
     top_p: float
     repetition_penalty: float
     digest: str
+    passes: int = 0
 
 
-def repeat(pair: Pair, check: Check) -> str:
-    """Decode a request again as the score did; returns the digest of its tokens."""
+def repeat(pair: Pair, check: Check, *, drafter: Drafter | None = None) -> Decoded:
+    """Decode a request again as the score did; with another drafter where one is given."""
     system = [] if check.system is None else [{"role": "system", "content": check.system}]
     prompt = pair.prompt_tokens([*system, {"role": "user", "content": check.user}])
     settings = SamplingSettings(
@@ -66,36 +70,58 @@ def repeat(pair: Pair, check: Check) -> str:
         repetition_penalty=check.repetition_penalty,
     )
     seed = request_seed(check.seed, check.prompt_id, check.temperature, check.arm)
-    decoded = decode(
+    return decode(
         pair.target,
-        pair.drafter,
+        drafter or pair.drafter,
         prompt,
         request=Request(settings=settings, max_new_tokens=check.max_new_tokens, stop_tokens=stop_tokens(pair.target)),
         lookahead=pair.lookahead,
         generator=TorchSource.seeded(seed, device=pair.target.device),
     )
-    return tokens_digest(decoded.tokens)
+
+
+def faithful(pair: Pair, check: Check, *, drafter: Drafter | None = None) -> bool:
+    """Whether a request gives the scored tokens in as many target passes as the score took."""
+    decoded = repeat(pair, check, drafter=drafter)
+    return tokens_digest(decoded.tokens) == check.digest and check.passes in (0, decoded.passes)
+
+
+def read_checks(folder: Path) -> list[Check]:
+    """The stored requests of a version."""
+    return [Check(**row) for row in read_json(folder / CHECKS_FILE)]
 
 
 def verify(folder: Path, *, cache: Path, device: str = "auto") -> int:
-    """Check the draft's files against their digests and repeat every stored request; returns how many there were.
+    """Check the draft's files against their digests and repeat every stored request, with the draft and with all that
+    engines would make of its exports; returns how many requests there were.
 
     Raises:
-        InputError: a file was changed, or a request gave other tokens.
+        InputError: a file was changed, a request gave other tokens, or an export is not the draft.
     """
     for name, digest in read_pair(folder)["draft"]["files"].items():
         file = folder / "draft" / name
         if not file.is_file() or sha256_file(file) != digest:
             raise InputError("a file of the draft was changed or damaged", where=str(file), mend="publish it again")
-    pair = load_pair(folder, device=device, cache=cache)
-    checks = [Check(**row) for row in read_json(folder / CHECKS_FILE)]
+    return verify_loaded(folder, load_pair(folder, device=device, cache=cache))
+
+
+def verify_loaded(folder: Path, pair: Pair) -> int:
+    """`verify` for a pair that was loaded from the folder.
+
+    Raises:
+        InputError: as `verify`.
+    """
+    checks = read_checks(folder)
     for check in checks:
-        if repeat(pair, check) != check.digest:
+        if not faithful(pair, check):
             raise InputError(
-                f"{check.prompt_id} at temperature {check.temperature:g} gave other tokens than its score",
+                f"{check.prompt_id} at temperature {check.temperature:g} gave other tokens or passes than its score",
                 where=str(folder),
                 mend="same machine, versions and thread count as in cost_profile? then build the pair again",
             )
+    check_exports(
+        folder, pair, lambda drafter: ((check.prompt_id, faithful(pair, check, drafter=drafter)) for check in checks)
+    )
     return len(checks)
 
 

@@ -115,6 +115,14 @@ class FeatureDraftConfig:
         """Target layers read."""
         return list(self.taps) or default_taps(num_target_layers, self.num_taps)
 
+    def for_target(self, target: CausalModel) -> "FeatureDraftConfig":
+        """These settings with what only the target can settle.
+
+        Raises:
+            InputError: the target has not what they ask for.
+        """
+        return self
+
     def build(self, shape: DraftShape, taps: list[int], vocabulary: Tensor | None) -> "FeatureNetwork":
         """The untrained network.
 
@@ -232,6 +240,11 @@ class FeatureNetwork(nn.Module):
             self.lm_head = nn.Linear(shape.hidden, vocabulary.shape[0], bias=False).requires_grad_(False)
         self._borrowed: tuple[Borrowed, ...] = ()
 
+    def borrow(self, parts: Borrowed) -> None:
+        """Use these parts of the target."""
+        # In a tuple, so that the target's modules do not become this module's own.
+        self._borrowed = (parts,)
+
     def bind(self, target: CausalModel, *, copy_head: bool = False) -> None:
         """Borrow the target's embedding and head.
 
@@ -239,8 +252,7 @@ class FeatureNetwork(nn.Module):
             target: on this network's device.
             copy_head: also copy the head's rows of the reduced vocabulary (a new network; a loaded one has them).
         """
-        # In a tuple, so that the target's modules do not become this module's own.
-        self._borrowed = (Borrowed(target),)
+        self.borrow(Borrowed(target))
         if copy_head and self.vocabulary is not None:
             with torch.no_grad():
                 weight = target.head.linear.get_parameter("weight")
@@ -338,7 +350,7 @@ def make_network(
     Raises:
         InputError: taps the target does not have.
     """
-    shape = DraftShape.of(target.model.config)
+    shape, config = DraftShape.of(target.model.config), config.for_target(target)
     taps = config.tapped_layers(shape.target_layers)
     check_taps(taps, shape.target_layers, where=f"draft.{config.kind}.taps")
     with torch.random.fork_rng([]):
@@ -351,4 +363,4 @@ def make_network(
     return network
 
 
-__all__ = ["FeatureDraftConfig", "FeatureNetwork", "PackedBatch", "Step", "make_network"]
+__all__ = ["Borrowed", "FeatureDraftConfig", "FeatureNetwork", "PackedBatch", "Step", "make_network"]

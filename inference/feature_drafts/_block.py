@@ -5,16 +5,20 @@ go through the same key and value matrices; the context is never updated by the 
 bidirectional; of the context it sees what lies strictly before the anchor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch
 from inference.feature_drafts._layers import DraftContext, DraftLayer, DraftShape, KeysValues, plain_norm, same_parts
 from inference.layers import decoder_layers
 from inference.model import CausalModel
+from inference.unused_tokens import unused_token
+
+LEARNED, TOKEN = "learned", "token"
 
 
 @dataclass(kw_only=True)
@@ -23,15 +27,40 @@ class BlockConfig(FeatureDraftConfig):
 
     Attributes:
         qk_norm: norm queries and keys per head; engines that serve these drafts expect it.
+        mask: what stands in the place of tokens to come: `token` is the target's own embedding of a token that ordinary
+            text never holds, as in published drafts, which every engine can serve; `learned` is a vector of the
+            draft's, which some engines have no place for.
+        mask_token: id of that token; -1 chooses it (`inference.unused_tokens`).
     """
 
     qk_norm: bool = True
+    mask: str = LEARNED
+    mask_token: int = -1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask not in (LEARNED, TOKEN):
+            raise ValueError(f"draft.{self.kind}.mask is {self.mask!r}; choose {LEARNED} or {TOKEN}")
+
+    def for_target(self, target: CausalModel) -> "BlockConfig":
+        """See `FeatureDraftConfig.for_target`: settles which token is the mask."""
+        if self.mask != TOKEN:
+            return self
+        token = unused_token(target.tokenizer, target.vocab_size) if self.mask_token < 0 else self.mask_token
+        if token is None or token >= target.vocab_size:
+            raise InputError(
+                "the target has no token that ordinary text never holds" if token is None else f"no token {token}",
+                where=f"draft.{self.kind}.mask_token",
+                mend=f"name one of its {target.vocab_size} tokens, or use draft.{self.kind}.mask={LEARNED}",
+            )
+        return replace(self, mask_token=token)
 
 
 class BlockNetwork(FeatureNetwork):
     """Projection, layers and norm. A subclass says which slots predict and what comes after them.
 
     Attributes:
+        mask_token: token whose embedding stands for tokens to come; None where the draft has a vector of its own.
         extra: slots before the first one that predicts: 0 where the anchor's own slot does (DSpark), else 1 (DFlash).
     """
 
@@ -43,7 +72,13 @@ class BlockNetwork(FeatureNetwork):
         self.hidden_norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
         self.layers = nn.ModuleList(DraftLayer(shape, qk_norm=config.qk_norm) for _ in range(config.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
-        self.mask_embedding = nn.Parameter(torch.randn(shape.hidden) * 0.02)
+        self.mask_token = config.mask_token if config.mask == TOKEN else None
+        # Drawn either way: what else is random does not depend on it.
+        mask_embedding = torch.randn(shape.hidden) * 0.02
+        if self.mask_token is None:
+            self.mask_embedding = nn.Parameter(mask_embedding)
+        else:
+            self.register_buffer("mask_id", torch.tensor(self.mask_token), persistent=False)
 
     @property
     def width(self) -> int:
@@ -51,6 +86,13 @@ class BlockNetwork(FeatureNetwork):
         return self.block + self.extra
 
     # One computation
+
+    @property
+    def mask_vector(self) -> Tensor:
+        """What stands for tokens to come, `[D]`."""
+        if self.mask_token is None:
+            return self.mask_embedding
+        return self.borrowed.embed(self.get_buffer("mask_id"))
 
     @property
     def stack(self) -> list[DraftLayer]:
@@ -75,8 +117,8 @@ class BlockNetwork(FeatureNetwork):
             `[batch, A, block, D]`: the slots that predict.
         """
         batch, count = anchors.shape
-        embedded = self.borrowed.embed(anchors).to(self.mask_embedding.dtype)
-        masks = self.mask_embedding.expand(batch, count, self.width - 1, -1)
+        embedded = self.borrowed.embed(anchors).to(self.norm.weight.dtype)
+        masks = self.mask_vector.to(embedded.dtype).expand(batch, count, self.width - 1, -1)
         states = torch.cat([embedded[:, :, None], masks], dim=2).reshape(batch, count * self.width, -1)
         slots = torch.arange(self.width, device=anchors.device)
         places = (positions[..., None] + slots).reshape(batch, -1)
@@ -142,7 +184,7 @@ class BlockNetwork(FeatureNetwork):
         taps = range(first - 1, self.shape.target_layers - 1)
         with torch.inference_mode(), target.tapped(taps) as features:
             target.logits(probe, target.new_cache(), num_rows=1)
-            states = features.take()[0].to(self.fc.weight.dtype)
+            states = features.take()[0].to(self.norm.weight.dtype)
         return [states[:, i * size : (i + 1) * size].clone() for i in range(len(self.layers))]
 
     def _match_scale(self, layer: DraftLayer, name: str, states: Tensor) -> None:
@@ -156,7 +198,7 @@ class BlockNetwork(FeatureNetwork):
     def read(self, features: Tensor, next_tokens: Tensor, cache: DraftContext) -> None:
         """See `FeatureNetwork.read`; the next tokens are not looked at."""
         positions = cache.coming(features.shape[0], features.device)
-        cache.extend(self.context(features[None].to(self.mask_embedding.dtype), positions))
+        cache.extend(self.context(features[None].to(self.norm.weight.dtype), positions))
 
     def decoded_states(self, anchors: Tensor, cache: DraftContext) -> Tensor:
         """Final states of a block behind each context of the cache, `[R, block, D]`."""

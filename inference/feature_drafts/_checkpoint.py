@@ -109,10 +109,15 @@ def load_network(folder: Path, target: CausalModel, *, precision: str, trained_o
     if not trained_on:
         network.eval().requires_grad_(False)
     network.bind(target)
+    put_into(network, precision)
+    return network
+
+
+def put_into(network: FeatureNetwork, precision: str) -> None:
+    """Put a network that was loaded in fp32 into an arithmetic, in place."""
     if storage_dtype(precision) != torch.float32:
         network.to(storage_dtype(precision))
     apply_precision(network, precision)
-    return network
 
 
 def go_on_from(folder: Path, target: CausalModel, config: FeatureDraftConfig) -> FeatureNetwork:

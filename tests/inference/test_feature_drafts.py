@@ -24,6 +24,7 @@ SMALL = {"block": BLOCK, "taps": TAPS, "vocabulary": 0}
 CONFIGS: dict[str, FeatureDraftConfig] = {
     "dflash": DFlash(**SMALL),
     "dflash-random-one-layer": DFlash(**SMALL, init="random", layers=1, qk_norm=False),
+    "dflash-token": DFlash(**SMALL, mask="token", mask_token=6),
     "dspark": DSpark(**SMALL, markov_rank=4),
     "dspark-gated": DSpark(**SMALL, markov_rank=4, markov_head="gated"),
     "dspark-rnn": DSpark(**SMALL, markov_rank=4, markov_head="rnn"),

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
+from safetensors.torch import load_file, save_file
 
+from inference.errors import InputError
 from inference.pair import load_pair
 from inference.records import tokens_digest
 from pipelines import cli, config, verify
 from pipelines.artifacts import Artifact
+from pipelines.exports.parity import independent_gap
+from pipelines.exports.write import read_exports, write_exports
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import REPOSITORY, Workplace, contents, read, records, run, token_digests
 
@@ -270,10 +275,12 @@ def published(finished: Finished, arm: str, tmp_path: Path) -> Path:
     checks = [
         check
         | {"arm": arm, "prompt_id": r["prompt_id"], "user": user[r["prompt_id"]]}
-        | {"temperature": r["temperature"], "digest": r["digest"]}
+        | {"temperature": r["temperature"], "digest": r["digest"], "passes": r["passes"]}
         for r in rows
     ]
     (folder / "checks.json").write_text(json.dumps(checks))
+    shutil.rmtree(folder / "serve")
+    write_exports(folder, folder / "serve", cache=finished.place.cache)
     return folder
 
 
@@ -285,7 +292,41 @@ def test_the_published_pair_repeats_its_scored_tokens(finished: Finished) -> Non
 
 @pytest.mark.parametrize("arm", ["none", "lookup", "pruned"])
 def test_a_pair_of_every_kind_repeats_its_scored_tokens(finished: Finished, tmp_path: Path, arm: str) -> None:
-    assert verify.verify(published(finished, arm, tmp_path), cache=finished.place.cache) == 4
+    folder = published(finished, arm, tmp_path)
+    assert verify.verify(folder, cache=finished.place.cache) == 4
+    [export] = read_exports(folder / "serve")
+    assert export.layout == {"pruned": "transformers"}.get(arm, arm)
+    assert {"vllm", "sglang", "transformers", "llama.cpp"} == {one.engine for one in export.engines}
+    assert all(one.command and not one.refuses for one in export.engines)
+
+
+def test_an_export_with_another_tokenizer_or_other_files_is_found(finished: Finished, tmp_path: Path) -> None:
+    folder = published(finished, "pruned", tmp_path)
+    exported = folder / "serve" / "transformers"
+    tokenizer = read(exported / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (exported / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"file of the export was changed.*tokenizer\.json"):
+        verify.verify(folder, cache=finished.place.cache)
+    target = load_pair(folder, cache=finished.place.cache).target
+    with pytest.raises(InputError, match="another tokenizer than the draft"):
+        independent_gap(folder / "draft", exported, target, torch.arange(20))
+
+
+def test_an_export_of_other_weights_is_found(finished: Finished, tmp_path: Path) -> None:
+    folder = published(finished, "pruned", tmp_path)
+    exported = folder / "serve" / "transformers"
+    weights = load_file(exported / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
+    target = load_pair(folder, cache=finished.place.cache).target
+    with pytest.raises(InputError, match="logits differ"):
+        independent_gap(folder / "draft", exported, target, torch.arange(20))
+    weights["model.norm.scale"] = weights.pop("model.norm.weight")
+    save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the weights lack 1 tensors"):
+        independent_gap(folder / "draft", exported, target, torch.arange(20))
 
 
 @pytest.mark.parametrize("policy", ["scheduled", "estimator"])
@@ -325,7 +366,7 @@ def test_another_answer_than_the_scored_one_is_found(
     checks[-1]["digest"] = tokens_digest([1, 2, 3])
     (folder / "checks.json").write_text(json.dumps(checks))
     assert verify.main([str(folder), "--cache", str(finished.place.cache)]) == 2
-    assert "gave other tokens than its score" in capsys.readouterr().err
+    assert "gave other tokens or passes than its score" in capsys.readouterr().err
 
 
 def test_three_lines_of_python_decode_with_the_pair(finished: Finished) -> None:

@@ -34,8 +34,9 @@ from inference.pair import load_pair
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import stop_tokens
-from pipelines import capturing, config, corpus, plan, publish, select, training, verify
+from pipelines import capturing, config, corpus, finish, plan, publish, select, training, verify
 from pipelines.artifacts import Artifact, Store
+from pipelines.exports.write import read_exports
 from pipelines.select import Decision, decide
 from tests.pipelines.conftest import Finished
 from tests.pipelines.forked import Runner, kill_group, wait_until_there
@@ -245,12 +246,14 @@ def test_so_does_a_pair_with_a_draft_of_another_kind(
     # A fresh process does this in `featured`; here the same files are read by this one.
     monkeypatch.setattr(
         publish,
-        "_verify_in_fresh_process",
-        lambda folder, context: repeated.append(verify.verify(folder, cache=place.cache)),
+        "_finish_in_fresh_process",
+        lambda folder, context: repeated.append(finish.finish(folder, exports=["all"], cache=place.cache)),
     )
     text, code = run(place.words(*THREE, stage="publish"))
     assert code == 0, text
     assert repeated == [2], "one prompt at both temperatures"
+    layouts = {export.layout for export in read_exports(place.registry / "tiny" / "champion" / "serve")}
+    assert layouts == {kind, f"{kind}_speculators"}
     assert_writes_as_the_target_alone(place, kind)
 
 

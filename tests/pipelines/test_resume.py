@@ -205,7 +205,7 @@ def test_what_a_killed_publication_left_aside_is_cleared_away(
     from pipelines import publish
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(publish, "_verify_in_fresh_process", lambda *_: None)  # shown elsewhere; seconds
+    monkeypatch.setattr(publish, "_finish_in_fresh_process", lambda *_: None)  # shown elsewhere; seconds
     place = Workplace(tmp_path / "place", unbroken.cache)
     shutil.copytree(unbroken.root, place.root, symlinks=True)
     shutil.rmtree(place.registry)

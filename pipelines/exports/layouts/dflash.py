@@ -1,0 +1,73 @@
+"""DFlash as its authors publish it, and SGLang, vLLM, SpecForge and llama.cpp take it: neither embedding nor head."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from inference.feature_drafts import FeatureNetwork
+from inference.model import CausalModel
+from pipelines.exports.layouts import GAMMA, Engine, llama_cpp, sglang, vllm
+from pipelines.exports.layouts._block import (
+    block_size,
+    block_tensors,
+    first_reason,
+    mask_token,
+    no_own_embedding,
+    read_block,
+    unnormed,
+    whole_vocabulary,
+)
+from pipelines.exports.layouts._shared import layer_config, read_files, reading
+from pipelines.exports.source import Source
+
+KINDS = ("dflash",)
+
+
+def _plain(source: Source) -> str:
+    return first_reason(unnormed(source), no_own_embedding(source), whole_vocabulary(source))
+
+
+ENGINES = (
+    Engine("vllm", vllm("dflash"), unnormed),
+    Engine("sglang", sglang("DFLASH", rest=f"--speculative-num-draft-tokens $(({GAMMA} + 1))"), _plain),
+    Engine(
+        "llama.cpp",
+        llama_cpp("draft-dflash"),
+        lambda source: first_reason(unnormed(source), whole_vocabulary(source)),
+    ),
+)
+
+
+def config(source: Source) -> dict[str, Any]:
+    """`config.json`."""
+    found = {
+        **layer_config(source, model_type="qwen3"),
+        "architectures": ["DFlashDraftModel"],
+        "block_size": block_size(source),
+        "num_target_layers": source.network.shape.target_layers,
+        "dflash_config": {"mask_token_id": mask_token(source), "target_layer_ids": source.network.taps},
+    }
+    return found | ({} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]})
+
+
+def tensors(source: Source) -> dict[str, Tensor]:
+    """By the names of DFlash checkpoints."""
+    return block_tensors(source)
+
+
+@reading
+def read(folder: Path, target: CausalModel) -> FeatureNetwork:
+    """See `pipelines.exports.layouts`."""
+    found, weights = read_files(folder)
+    inner = found["dflash_config"]
+    return read_block(
+        folder,
+        target,
+        found,
+        weights,
+        block_size=int(found["block_size"]),
+        sample_from_anchor=bool(inner.get("sample_from_anchor", False)),
+        mask=int(inner["mask_token_id"]),
+        taps=[int(layer) for layer in inner["target_layer_ids"]],
+    )

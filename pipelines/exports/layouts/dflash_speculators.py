@@ -1,0 +1,52 @@
+"""DFlash in the format of the speculators library, which vLLM serves from the folder alone."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from inference.feature_drafts import FeatureNetwork
+from inference.model import CausalModel
+from pipelines.exports.layouts import Engine, vllm
+from pipelines.exports.layouts._block import block_size, block_tensors, mask_token, read_block, unnormed
+from pipelines.exports.layouts._shared import layer_config, read_files, reading
+from pipelines.exports.layouts._speculators import speculators_config
+from pipelines.exports.source import Source
+
+KINDS = ("dflash",)
+ENGINES = (Engine("vllm", vllm("dflash"), unnormed),)
+
+
+def config(source: Source) -> dict[str, Any]:
+    """`config.json`; layer ids count one higher than decoder indices here."""
+    return {
+        **speculators_config(source, "dflash", architecture="DFlashSpeculator"),
+        "transformer_layer_config": layer_config(source, model_type="qwen3"),
+        "block_size": block_size(source),
+        "aux_hidden_state_layer_ids": [tap + 1 for tap in source.network.taps],
+        "mask_token_id": mask_token(source),
+        "draft_vocab_size": source.head().shape[0],
+        "sliding_window_non_causal": True,
+        "sample_from_anchor": False,
+    }
+
+
+def tensors(source: Source) -> dict[str, Tensor]:
+    """By the names of the speculators library."""
+    return block_tensors(source)
+
+
+@reading
+def read(folder: Path, target: CausalModel) -> FeatureNetwork:
+    """See `pipelines.exports.layouts`."""
+    found, weights = read_files(folder)
+    return read_block(
+        folder,
+        target,
+        found["transformer_layer_config"],
+        weights,
+        block_size=int(found["block_size"]),
+        sample_from_anchor=bool(found.get("sample_from_anchor", False)),
+        mask=int(found["mask_token_id"]),
+        taps=[int(layer) - 1 for layer in found["aux_hidden_state_layer_ids"]],
+    )

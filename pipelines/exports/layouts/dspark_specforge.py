@@ -1,0 +1,72 @@
+"""DSpark as SpecForge writes and trains it: keys under `dflash_config`, the target's embedding and head left out."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from inference.feature_drafts import FeatureNetwork
+from inference.model import CausalModel
+from pipelines.exports.layouts import GAMMA, Engine, sglang, vllm
+from pipelines.exports.layouts._block import (
+    block_size,
+    block_tensors,
+    first_reason,
+    mask_token,
+    read_block,
+    sequential_head,
+    unnormed,
+)
+from pipelines.exports.layouts._shared import layer_config, read_files, reading
+from pipelines.exports.layouts.dspark import plain_tables, vanilla
+from pipelines.exports.source import Source
+
+KINDS = ("dspark",)
+ENGINES = (
+    Engine("specforge", "python scripts/train_dspark.py --draft-model-path $DRAFT ...", plain_tables),
+    Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables),
+    Engine("vllm", vllm("dspark"), lambda source: first_reason(unnormed(source), vanilla(source))),
+)
+
+
+def config(source: Source) -> dict[str, Any]:
+    """`config.json`."""
+    found = {
+        **layer_config(source, model_type="qwen3"),
+        "architectures": ["DSparkDraftModel"],
+        "block_size": block_size(source),
+        "num_target_layers": source.network.shape.target_layers,
+        "dflash_config": {
+            "projector_type": "dspark",
+            "mask_token_id": mask_token(source),
+            "target_layer_ids": source.network.taps,
+            "sample_from_anchor": True,
+            "attention_mode": "full",
+            "confidence_head_alpha": source.network.config.confidence_weight,
+            **sequential_head(source),
+        },
+    }
+    return found | ({} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]})
+
+
+def tensors(source: Source) -> dict[str, Tensor]:
+    """By the names of SpecForge's checkpoints."""
+    return block_tensors(source)
+
+
+@reading
+def read(folder: Path, target: CausalModel) -> FeatureNetwork:
+    """See `pipelines.exports.layouts`."""
+    found, weights = read_files(folder)
+    inner = found["dflash_config"]
+    return read_block(
+        folder,
+        target,
+        found,
+        weights,
+        block_size=int(found["block_size"]),
+        sample_from_anchor=bool(inner.get("sample_from_anchor", True)),
+        mask=int(inner["mask_token_id"]),
+        taps=[int(layer) for layer in inner["target_layer_ids"]],
+        heads=inner,
+    )

@@ -1,0 +1,57 @@
+"""What a process of its own does to a version before it gets its name: exports for engines, and the proof that nothing
+but the files is needed to decode as the score did.
+
+    python -m pipelines.finish registry/smollm2-135m/.partial-v1
+
+Run by the publish stage; no model stays in memory there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from inference.errors import InputError
+from inference.pair import DEFAULT_CACHE, load_pair
+from pipelines.exports.write import SERVE_FOLDER, write_exports
+from pipelines.verify import verify_loaded
+
+ALL = "all"
+
+
+def finish(folder: Path, *, exports: list[str], cache: Path, device: str = "auto") -> int:
+    """Write a version's exports and verify it from its files; returns how many scored requests were repeated.
+
+    Args:
+        folder: of the version.
+        exports: formats to write; `all` for those that fit, none for no `serve/`.
+        cache: where converted models are kept.
+        device: see `inference.target.TargetConfig`.
+
+    Raises:
+        InputError: an unknown format, or something does not decode as it was scored.
+    """
+    if exports:
+        only = [name for name in exports if name != ALL]
+        write_exports(folder, folder / SERVE_FOLDER, cache=cache, device=device, only=only)
+    return verify_loaded(folder, load_pair(folder, device=device, cache=cache))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: 0 when the version is whole, 2 with one line otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.finish", description="finish a version to be published")
+    parser.add_argument("folder", type=Path, help="of the version")
+    parser.add_argument("--export", action="append", default=[], help="a format to write; may be given again; or all")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    words = parser.parse_args(argv)
+    try:
+        count = finish(words.folder, exports=words.export, cache=words.cache.expanduser(), device=words.device)
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{count} requests gave the scored tokens\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
