@@ -12,7 +12,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check kills format clean
+.PHONY: help env demo test check engines kills format clean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: env  ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+engines:  ## vLLM (CPU) and llama.cpp in .engines, to measure published drafts in them: dspark engines
+	@$(PYTHON) .ci/engines.py
+
 kills: env  ## kill -9 a small run ten times, and compare what it ends with (about 20 minutes)
 	$(BIN)/python .ci/kills.py $(ARGS)
 
@@ -39,5 +42,5 @@ format: env  ## mend formatting and what the linter can mend
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and build products (artifacts and registry stay)
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .engines build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

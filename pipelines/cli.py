@@ -35,9 +35,21 @@ COMMANDS = {
     "traffic": "show a traffic log, or import an engine's metrics into one: dspark traffic --help",
     "launch": "any of these on several processes, by torchrun: dspark launch --help",
     "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
+    "pairs": "published pairs: list, show, diff, verify, gc, rollback, export, import: dspark pairs --help",
+    "engines": "load a published pair's exports in serving engines, and compare: dspark engines --help",
+    "report": "the report of a published version as one HTML file: dspark report --help",
+    "serve": "answer OpenAI-compatible requests with a published pair: dspark serve --help",
 }
 
-OWN_WORDS = {"launch": "pipelines.launch", "generate": "pipelines.generate", "traffic": "pipelines.traffic_import"}
+OWN_WORDS = {
+    "launch": "pipelines.launch",
+    "generate": "pipelines.generate",
+    "traffic": "pipelines.traffic_import",
+    "pairs": "pipelines.pairs.command",
+    "engines": "pipelines.engines.command",
+    "report": "pipelines.version_report.command",
+    "serve": "pipelines.server.command",
+}
 """Commands with options of their own -> module whose `main` reads them."""
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -56,6 +68,10 @@ HELP = """dspark: build, measure and publish the draft that makes a language mod
 usage: dspark [stage] [group=choice] [key=value] ... [-m]
        dspark generate --pair FOLDER "prompt" [--temperature T] [--max-new-tokens N]
        dspark traffic show|import ...
+       dspark pairs list|show|diff|verify|gc|rollback|export|import ...
+       dspark engines FOLDER [--engine NAME] ...
+       dspark report FOLDER [--out FILE] [--png DIR] [--price-per-hour X] [--load FOLDER]
+       dspark serve --pair FOLDER [--port N] ...
        dspark launch [--processes N] [--nodes N ...] [stage] [words] ...
 
 stages

@@ -13,7 +13,9 @@ from pathlib import Path
 from inference.errors import InputError
 from inference.pair import DEFAULT_CACHE, load_pair
 from pipelines.exports.write import SERVE_FOLDER, write_exports
-from pipelines.verify import verify_loaded
+from pipelines.score import RECORDS_FILE, read_records
+from pipelines.verify import read_checks, verify_loaded
+from pipelines.version_report.examples import EXAMPLES_FILE, write_examples
 
 ALL = "all"
 
@@ -33,7 +35,11 @@ def finish(folder: Path, *, exports: list[str], cache: Path, device: str = "auto
     if exports:
         only = [name for name in exports if name != ALL]
         write_exports(folder, folder / SERVE_FOLDER, cache=cache, device=device, only=only)
-    return verify_loaded(folder, load_pair(folder, device=device, cache=cache))
+    pair = load_pair(folder, device=device, cache=cache)
+    count = verify_loaded(folder, pair)
+    domains = {record.prompt_id: record.domain for record in read_records(folder / RECORDS_FILE)}
+    write_examples(pair, read_checks(folder), folder / EXAMPLES_FILE, domains=domains)
+    return count
 
 
 def main(argv: list[str] | None = None) -> int:

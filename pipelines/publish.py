@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,20 +12,22 @@ from typing import Any
 
 from inference.errors import InputError
 from inference.pair import PAIR_FILE, SCHEMA_VERSION, read_pair
-from inference.statistics import BASELINE, Scorecard, find_card
+from inference.statistics import BASELINE, Scorecard
 from pipelines import provenance
 from pipelines.artifacts import MANIFEST, Artifact
-from pipelines.build import DRAFT_FOLDER
+from pipelines.build import DRAFT_FOLDER, HISTORY_FILE
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.errors import StageFailed
+from pipelines.exports.write import SERVE_FOLDER, read_exports
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
 from pipelines.finish import ALL
 from pipelines.lineage import publish as track_pair
 from pipelines.lineage import tracked
-from pipelines.registry import CHAMPION, move_alias, next_version, versions
-from pipelines.report import markdown_table, scorecard_rows
+from pipelines.model_card import model_card
+from pipelines.pairs.digests import seal
+from pipelines.registry import CHAMPION, is_name, move_alias, next_version, versions
 from pipelines.score import (
     PLOT_FILE,
     RECORDS_FILE,
@@ -37,13 +38,14 @@ from pipelines.score import (
 )
 from pipelines.select import Decision, read_decision
 from pipelines.verify import CHECKS_FILE, Check
+from pipelines.version_report.contents import TRAINING_FILE
+from pipelines.version_report.page import write_report
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "MODEL_CARD.md"
 GOLDEN_FILE = "golden.json"
 """Scored greedy prompts with what the pair made of them: replayed when acceptance falls, to tell why."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class PublishError(StageFailed):
@@ -67,7 +69,7 @@ class PublishConfig:
     exports: list[str] = field(default_factory=lambda: [ALL])
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or re.fullmatch(r"v\d+", self.name):
+        if not is_name(self.name):
             raise ValueError(f"publish.name is {self.name!r}; use letters, digits, dots, dashes, not a version name")
         if self.check_prompts < 1:
             raise ValueError(f"publish.check_prompts is {self.check_prompts}; check at least 1 prompt")
@@ -83,6 +85,8 @@ class Lineage:
     select: Artifact
     training: dict[str, Any] = field(default_factory=dict)
     """What the draft's training took, where that is not the draft artifact's own to say."""
+    trained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the training of every candidate took, of those that this run trained."""
 
 
 def run_publish(
@@ -104,7 +108,8 @@ def run_publish(
     """
     cfg = context.cfg
     decision = read_decision(select)
-    lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {})
+    trained = {name: _trained(draft) for name, draft in drafts.items() if "seconds" in draft.metrics}
+    lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {}, trained)
     root = cfg.paths.registry
     found = _published(root, cfg.publish.name, select.digest)
     version = found or _publish(context, decision, lineage)
@@ -150,20 +155,32 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
     with writing(aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        shutil.copytree(lineage.draft.path / DRAFT_FOLDER, aside / "draft")
-        for file in (SCORECARD_FILE, TABLE_FILE, PLOT_FILE, RECORDS_FILE):
-            shutil.copyfile(lineage.score.path / file, aside / file)
+        _copy_files(lineage, aside)
         cards = read_scorecards(lineage.score.path)
         write_json(aside / CHECKS_FILE, [asdict(check) for check in _checks(context, decision, lineage)])
         write_json(aside / GOLDEN_FILE, _golden(decision, lineage))
+        write_json(aside / TRAINING_FILE, lineage.trained)
         write_json(aside / PAIR_FILE, _pair_info(context, decision, lineage, cards, version, aside))
-        write_text(aside / CARD_FILE, _model_card(context, decision, cards, version))
-        fsync_tree(aside)
         _finish_in_fresh_process(aside, context)
+        location, exports = str(folder), read_exports(aside / SERVE_FOLDER)
+        write_text(aside / CARD_FILE, model_card(read_pair(aside), decision, cards, location=location, exports=exports))
+        write_report(aside, registry=root)
+        seal(aside)
+        fsync_tree(aside)
         os.rename(aside, folder)
         fsync_path(folder.parent)
     logger.info("published %s: %s", folder, decision.reason)
     return folder
+
+
+def _copy_files(lineage: Lineage, aside: Path) -> None:
+    """The draft, and what scoring and training left of their figures."""
+    shutil.copytree(lineage.draft.path / DRAFT_FOLDER, aside / "draft")
+    scored = [lineage.score.path / file for file in (SCORECARD_FILE, TABLE_FILE, PLOT_FILE, RECORDS_FILE)]
+    scored += sorted(lineage.score.path.glob("calibration-*.json"))
+    curve = lineage.draft.path / HISTORY_FILE
+    for file in [*scored, *([curve] if curve.is_file() else [])]:
+        shutil.copyfile(file, aside / file.name)
 
 
 def _finish_in_fresh_process(folder: Path, context: RunContext) -> None:
@@ -231,12 +248,17 @@ def _golden(decision: Decision, lineage: Lineage) -> list[dict[str, Any]]:
     ]
 
 
+def _trained(draft: Artifact) -> dict[str, Any]:
+    """Steps, tokens and seconds, where this draft was trained here."""
+    return {key: draft.metrics[key] for key in ("steps", "tokens", "seconds") if key in draft.metrics}
+
+
 def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]:
     """What the draft's training took, as far as that is known: steps, tokens, seconds.
 
     A draft that was made elsewhere brings it in the manifest beside its folder, or in the pair it comes from.
     """
-    found: dict[str, Any] = {key: draft.metrics[key] for key in ("steps", "tokens", "seconds") if key in draft.metrics}
+    found = _trained(draft)
     made = getattr(context.cfg.draft[name], "path", "") if not found else ""
     for folder in (Path(made), Path(made).parent) if made else ():
         if (folder / MANIFEST).is_file():
@@ -297,30 +319,6 @@ def _pair_info(
             **provenance.collect(),
         },
     }
-
-
-def _model_card(context: RunContext, decision: Decision, cards: list[Scorecard], version: str) -> str:
-    """A page for people."""
-    cfg = context.cfg
-    winner = find_card(cards, decision.winner)
-    header, rows = scorecard_rows([c for c in cards if c.arm == decision.winner])
-    table = markdown_table(header, rows)
-    candidates = markdown_table(
-        ["draft", "speedup", "tau", "may win"],
-        [[c.arm, str(c.speedup), f"{c.tau:.2f}", c.refused or "yes"] for c in decision.candidates],
-    )
-    return (
-        f"# {cfg.publish.name} {version}: {decision.winner} draft for {cfg.target.path}\n\n"
-        f"Chosen because: {decision.reason}. Decoding is lossless: the output is the target's own.\n\n"
-        f"Measured on {context.plan.device}; tau counts the bonus token; intervals are 95 % bootstraps over the "
-        f"prompts of {winner.requests} requests.\n\n{table}\n## All candidates\n\n{candidates}\n"
-        "## Use\n\n```python\nfrom inference.pair import load_pair\n"
-        f'pair = load_pair("{cfg.paths.registry / cfg.publish.name / version}")\n'
-        'print(pair.generate("Why is the sky blue?").text)\n```\n\n'
-        f'`dspark generate --pair {cfg.paths.registry / cfg.publish.name / version} "Why is the sky blue?"`\n\n'
-        "The draft learned from responses of the target itself; held-out prompts share no ten-word run with its "
-        "training prompts. Every figure can be recomputed from `records.jsonl`.\n"
-    )
 
 
 def summary(decision: Decision) -> list[list[str]]:

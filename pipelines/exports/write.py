@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from inference.drafters import read_draft_spec
+from inference.embedded import FOLDER_NAME
 from inference.errors import InputError
 from inference.feature_drafts._checkpoint import load_network
 from inference.loading import load_causal_model
 from inference.pair import DEFAULT_CACHE, PAIR_FILE, read_pair
 from inference.plugins import plugins
-from inference.target import TargetConfig, target_digest
+from inference.target import EMBEDDED, TargetConfig, target_digest
 from pipelines.exports import independent, layouts, without_files
 from pipelines.exports.layouts._shared import CONFIG_FILE, WEIGHTS_FILE, stored
 from pipelines.exports.source import Source, model_folder
@@ -174,7 +175,13 @@ def load_source(info: dict[str, Any], draft: Path, *, cache: Path, target: str |
     chosen = int(info["decoding"]["lookahead"].get("tokens") or _DEFAULT_TOKENS)
     # A block draft sees as many masks as it was trained with, whatever is verified of it.
     tokens = min(chosen, network.block) if network.config.kind == "eagle3" else network.block
-    return Source(network, model, tokens, str(reference["path"]))
+    return Source(network, model, tokens, called(reference))
+
+
+def called(reference: Mapping[str, Any]) -> str:
+    """What a target is called outside: its folder or id; the embedded one by the folder it is converted to."""
+    path = str(reference["path"])
+    return FOLDER_NAME if path == EMBEDDED else path
 
 
 def layouts_for(kind: str) -> dict[str, ModuleType]:
@@ -264,6 +271,8 @@ def read_exports(serve: Path) -> list[Export]:
 def readme(info: dict[str, Any], exports: Sequence[Export]) -> str:
     """How each engine is started, for people."""
     reference = info["target"]
+    embedded = reference["path"] == EMBEDDED
+    place = f"${{DSPARK_CACHE:-$HOME/.cache/dspark}}/{FOLDER_NAME}" if embedded else reference["path"]
     lines = [
         f"# Serving {info['name']} {info['version']}",
         "",
@@ -271,7 +280,7 @@ def readme(info: dict[str, Any], exports: Sequence[Export]) -> str:
         "engine verifies what a draft proposes.",
         "",
         "```sh",
-        f"TARGET={reference['path']}   # folder or id; sha256 of its files starts with {reference['digest'][:12]}",
+        f"TARGET={place}   # sha256 of its files starts with {reference['digest'][:12]}",
         "```",
         "",
     ]

@@ -1,0 +1,170 @@
+"""`dspark engines`: load a published pair's exports in real engines and compare acceptance and speed with our own.
+
+    dspark engines registry/smollm2-135m/champion --engine vllm --engine llama.cpp
+
+Engines live in `.engines/`, which `make engines` makes; transformers is here already.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.drafters import read_draft_spec
+from inference.errors import InputError
+from inference.loading import load_causal_model
+from inference.model import CausalModel
+from inference.pair import DEFAULT_CACHE, read_pair
+from inference.target import TargetConfig, stop_tokens, target_digest
+from pipelines.engines import ours
+from pipelines.engines.compare import Row, table
+from pipelines.engines.job import Job, Outcome, Place
+from pipelines.exports.source import model_folder
+from pipelines.exports.write import SERVE_FOLDER, Export, read_exports
+from pipelines.files import read_json, write_json
+from pipelines.provenance import ROOT
+from pipelines.publish import GOLDEN_FILE
+
+ENGINES = {"transformers": "in_transformers", "vllm": "in_vllm", "llama.cpp": "in_llama_cpp"}
+NOT_HERE = ("sglang", "specforge")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: 0 when every engine that ran accepts what we do, 1 otherwise.
+
+    Raises:
+        InputError: no pair, no exports, another target, or an engine that fails.
+    """
+    parser = _parser()
+    words = parser.parse_args(argv)
+    version = Path(words.pair)
+    info = read_pair(version)
+    exports = [export for export in read_exports(version / SERVE_FOLDER) if words.layout in (None, export.layout)]
+    if not exports:
+        mend = "publish it anew, or write them: python -m pipelines.exports.write"
+        raise InputError("this version has no such exports", where=str(version / SERVE_FOLDER), mend=mend)
+    target = _target(info, words)
+    prompts = _prompts(version, target, most=words.prompts)
+    with tempfile.TemporaryDirectory() as made:
+        work = Path(words.work) if words.work else Path(made)
+        work.mkdir(parents=True, exist_ok=True)
+        place = Place(words.engines / "venv" / "bin" / "python", words.engines / "llama.cpp", work.resolve())
+        rows = _measure(version, exports, target, prompts, place, words)
+    sys.stdout.write(table(rows))
+    if words.out:
+        write_json(words.out, [row.to_json() for row in rows])
+    return 0 if all(row.agrees for row in rows if row.outcome is not None) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dspark engines", description="Load a pair's exports in serving engines; compare with our own decoder."
+    )
+    parser.add_argument("pair", help="a version folder of a registry, or its champion")
+    parser.add_argument(
+        "--engine", action="append", choices=sorted(ENGINES), help="may be given again (default: all that are here)"
+    )
+    parser.add_argument("--layout", default=None, help="one format alone (default: all of the version)")
+    parser.add_argument("--prompts", type=int, default=12, help="most scored prompts (default: 12)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest answer in tokens (default: 96)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--threads", type=int, default=0, help="of the processor, for every engine (default: its own)")
+    parser.add_argument("--target", default=None, help="the target's folder or id here (default: as in the pair)")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
+    parser.add_argument("--engines", type=Path, default=ROOT / ".engines", help="what make engines made")
+    parser.add_argument("--work", default=None, help="keep conversions and logs here (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, default=None, help="also write everything as JSON")
+    return parser
+
+
+def _target(info: dict[str, Any], words: argparse.Namespace) -> CausalModel:
+    reference = info["target"]
+    config = TargetConfig(path=words.target or reference["path"], revision=reference["revision"], device="cpu")
+    folder = config.folder(words.cache.expanduser())
+    if target_digest(folder) != reference["digest"]:
+        raise InputError("this is not the target of the pair", where=str(folder), mend="name the one it was made for")
+    return load_causal_model(folder, precision="fp32", device=torch.device("cpu"))
+
+
+def _prompts(version: Path, target: CausalModel, *, most: int) -> list[list[int]]:
+    """The scored greedy prompts, one of each domain before a second of any."""
+    rows: list[dict[str, Any]] = read_json(version / GOLDEN_FILE)
+    ranks: dict[str, int] = {}
+    ordered = []
+    for row in rows:
+        ranks[row["domain"]] = ranks.get(row["domain"], 0) + 1
+        ordered.append((ranks[row["domain"]], row))
+    found = []
+    for _, row in sorted(ordered, key=lambda pair: pair[0])[:most]:
+        system = [] if row["system"] is None else [{"role": "system", "content": row["system"]}]
+        messages = [*system, {"role": "user", "content": row["user"]}]
+        text = str(target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        found.append([int(token) for token in target.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    return found
+
+
+def _measure(
+    version: Path,
+    exports: Sequence[Export],
+    target: CausalModel,
+    prompts: list[list[int]],
+    place: Place,
+    words: argparse.Namespace,
+) -> list[Row]:
+    draft, _ = model_folder(version / "draft")
+    spec = read_draft_spec(draft)
+    base = Job(
+        target=str(target.folder),
+        layout="",
+        draft="",
+        tokens=0,
+        prompts=prompts,
+        max_tokens=words.max_new_tokens,
+        temperature=words.temperature,
+        stop_tokens=sorted(stop_tokens(target)),
+        threads=words.threads,
+        settings={key: value for key, value in spec.items() if key in ("longest", "shortest")},
+    )
+    if words.threads:
+        torch.set_num_threads(words.threads)
+    mine: dict[int, Outcome] = {}
+    alone: dict[str, Outcome] = {}
+    rows = []
+    for export in exports:
+        folder = str((version / SERVE_FOLDER / export.folder).resolve()) if export.folder else ""
+        job = replace(base, layout=export.layout, draft=folder, tokens=export.tokens)
+        if export.tokens not in mine:
+            drafter = ours.load_draft(draft, target, tokens=export.tokens)
+            mine[export.tokens] = ours.run(job, target, drafter)
+        for served in export.engines:
+            rows.append(_row(served.engine, served.refuses, job, base, mine[export.tokens], alone, place, words))
+    return rows
+
+
+def _row(
+    engine: str,
+    refuses: str,
+    job: Job,
+    base: Job,
+    mine: Outcome,
+    alone: dict[str, Outcome],
+    place: Place,
+    words: argparse.Namespace,
+) -> Row:
+    wanted = words.engine or list(ENGINES)
+    if refuses or engine not in wanted:
+        why = refuses or ("it needs a GPU" if engine in NOT_HERE else "not asked for")
+        return Row(job.layout, engine, None, None, mine, why)
+    module = importlib.import_module(f"pipelines.engines.{ENGINES[engine]}")
+    if reason := module.refuses(job.layout):
+        return Row(job.layout, engine, None, None, mine, reason)
+    sys.stderr.write(f"{job.layout} in {engine}\n")
+    if engine not in alone:
+        alone[engine] = module.run(base, place)
+    return Row(job.layout, engine, module.run(job, place), alone[engine], mine)

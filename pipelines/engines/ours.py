@@ -1,0 +1,51 @@
+"""The job in our own decoder: what engines are compared with."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from inference.decoder import Request, decode
+from inference.drafters import Drafter, LoadContext, load_drafter
+from inference.drafters.feature import FeatureDrafter
+from inference.drafters.none import NoDrafter
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel
+from inference.randomness import TorchSource
+from inference.sampling import SamplingSettings
+from pipelines.engines.job import Job, Outcome
+
+
+def load_draft(draft: Path, target: CausalModel, *, tokens: int) -> Drafter:
+    """The draft itself, not its export, proposing as many tokens as engines do."""
+    assert target.folder is not None, "targets here come from folders"
+    drafter = load_drafter(LoadContext(draft, target.folder, target, target.precision or "fp32", target.device))
+    if isinstance(drafter, FeatureDrafter):
+        drafter.network.block = max(drafter.network.block, tokens)  # EAGLE-3 steps as often as it is asked to
+    return drafter
+
+
+def run(job: Job, target: CausalModel, drafter: Drafter | None) -> Outcome:
+    """Answer every prompt under a fixed length of proposals; see `Outcome`."""
+    settings = SamplingSettings(temperature=job.temperature)
+    request = Request(settings=settings, max_new_tokens=job.max_tokens, stop_tokens=frozenset(job.stop_tokens))
+    answers, seconds = [], []
+    rounds = proposed = 0
+    accepted_at = [0] * job.tokens
+    for index, prompt in enumerate(job.prompts):
+        started = time.perf_counter()
+        decoded = decode(
+            target,
+            drafter if drafter is not None and job.tokens else NoDrafter(),
+            torch.tensor(prompt, device=target.device),
+            request=request,
+            lookahead=FixedLookahead(job.tokens if drafter is not None else 0),
+            generator=TorchSource.seeded(job.seed + index, device=target.device),
+        )
+        seconds.append(time.perf_counter() - started)
+        answers.append(decoded.tokens)
+        rounds += sum(count for length, count in decoded.blocks.items() if length)
+        proposed += sum(length * count for length, count in decoded.blocks.items())
+        for position, count in enumerate(decoded.accepted):
+            accepted_at[position] += count
+    return Outcome("dspark", answers, seconds, rounds, proposed, sum(accepted_at), accepted_at)
