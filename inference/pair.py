@@ -30,6 +30,7 @@ from inference.precision import available_precisions
 from inference.randomness import TorchSource
 from inference.sampling import SamplingSettings
 from inference.target import TargetConfig, stop_tokens, target_digest
+from inference.text_stream import TextStream
 from inference.traffic import TrafficLog, as_messages, pair_label, record_from
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ class Pair:
     drafter: Drafter
     lookahead: Lookahead
     target_digest: str
+
+    def serves(self, digest: str, *, precision: str, device: torch.device, attention: str) -> bool:
+        """Whether its target is this one: the same weights in the same arithmetic, at the same place."""
+        mine = (self.target_digest, self.target.precision, self.target.device.type, self.info["target"]["attention"])
+        return mine == (digest, precision, device.type, attention)
 
     def prompt_tokens(self, prompt: str | list[dict[str, str]]) -> torch.Tensor:
         """Token ids of a user's message, or of a list of messages, through the chat template; int64 `[T]`.
@@ -136,7 +142,7 @@ class Pair:
         settings = SamplingSettings(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
         )
-        stream = _TextStream(self.target, on_text)
+        stream = None if on_text is None else _TextStream(self.target, on_text)
         decoded = decode(
             self.target,
             self.drafter,
@@ -144,9 +150,10 @@ class Pair:
             request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(self.target)),
             lookahead=self.lookahead,
             generator=TorchSource.seeded(seed, device=self.target.device),
-            on_tokens=stream.add if on_text is not None else None,
+            on_tokens=None if stream is None else stream.add,
         )
-        stream.finish()
+        if stream is not None:
+            stream.finish()
         answer = Generated(str(self.target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)), decoded)
         if traffic is not None:
             record = record_from(
@@ -165,31 +172,22 @@ class Pair:
 
 
 class _TextStream:
-    """Turns growing token ids into pieces of text, holding back characters that are not complete yet."""
+    """Hands the text of growing token ids to a listener, piece by piece."""
 
-    def __init__(self, target: CausalModel, on_text: Callable[[str], None] | None) -> None:
-        self._tokenizer, self._on_text = target.tokenizer, on_text
-        self._tokens: list[int] = []
-        self._shown = 0
+    def __init__(self, target: CausalModel, on_text: Callable[[str], None]) -> None:
+        self._stream, self._on_text = TextStream(target.tokenizer), on_text
 
     def add(self, tokens: list[int]) -> None:
         """Show what the new tokens complete."""
-        self._tokens += tokens
-        text = self._text()
-        if not text.endswith("\ufffd"):
-            self._show(text)
+        self._show(self._stream.add(tokens))
 
     def finish(self) -> None:
-        """Show what is left when nothing more comes: the last character may never have been completed."""
-        self._show(self._text())
+        """Show what is left when nothing more comes."""
+        self._show(self._stream.finish())
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-
-    def _show(self, text: str) -> None:
-        if self._on_text is not None and len(text) > self._shown:
-            self._on_text(text[self._shown :])
-            self._shown = len(text)
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._on_text(piece)
 
 
 def read_pair(folder: Path) -> dict[str, Any]:
@@ -228,6 +226,7 @@ def load_pair(
     device: str = "auto",
     cache: Path = DEFAULT_CACHE,
     other_target: bool = False,
+    beside: Pair | None = None,
 ) -> Pair:
     """Load a published pair from its files alone.
 
@@ -238,6 +237,7 @@ def load_pair(
         cache: where converted models are kept.
         other_target: take a target with other weights than the one the pair was made for: output is then that target's
             own, as lossless as ever, and only acceptance suffers, until the pair is re-aligned.
+        beside: a pair that is loaded already; where its target is the same in the same arithmetic, it is shared.
 
     Raises:
         InputError: the folder holds no pair, the target is not the one it was made for, or the draft does not fit.
@@ -261,7 +261,11 @@ def load_pair(
     precision = decoding["precision"]
     if precision not in available_precisions(torch_device):
         precision = available_precisions(torch_device)[0]
-    model = load_target(target_folder, precision=precision, device=torch_device, attention=reference["attention"])
+    attention = reference["attention"]
+    if beside is not None and beside.serves(digest, precision=precision, device=torch_device, attention=attention):
+        model = beside.target
+    else:
+        model = load_target(target_folder, precision=precision, device=torch_device, attention=attention)
     drafter = load_drafter(LoadContext(folder / "draft", target_folder, model, precision, torch_device))
     lookahead = load_lookahead(
         decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)

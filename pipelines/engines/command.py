@@ -26,7 +26,7 @@ from pipelines.engines import ours
 from pipelines.engines.compare import Row, table
 from pipelines.engines.job import Job, Outcome, Place
 from pipelines.exports.source import model_folder
-from pipelines.exports.write import SERVE_FOLDER, Export, read_exports
+from pipelines.exports.write import SERVE_FOLDER, Export, read_exports, write_exports
 from pipelines.files import read_json, write_json
 from pipelines.provenance import ROOT
 from pipelines.publish import GOLDEN_FILE
@@ -45,17 +45,21 @@ def main(argv: list[str]) -> int:
     words = parser.parse_args(argv)
     version = Path(words.pair)
     info = read_pair(version)
-    exports = [export for export in read_exports(version / SERVE_FOLDER) if words.layout in (None, export.layout)]
-    if not exports:
-        mend = "publish it anew, or write them: python -m pipelines.exports.write"
-        raise InputError("this version has no such exports", where=str(version / SERVE_FOLDER), mend=mend)
-    target = _target(info, words)
-    prompts = _prompts(version, target, most=words.prompts)
     with tempfile.TemporaryDirectory() as made:
         work = Path(words.work) if words.work else Path(made)
         work.mkdir(parents=True, exist_ok=True)
+        serve, draft = version / SERVE_FOLDER, version / "draft"
+        if words.draft is not None:
+            serve, draft = work / SERVE_FOLDER, words.draft
+            write_exports(version, serve, cache=words.cache.expanduser(), target=words.target, draft=draft)
+        exports = [export for export in read_exports(serve) if words.layout in (None, export.layout)]
+        if not exports:
+            mend = "publish it anew, or write them: python -m pipelines.exports.write"
+            raise InputError("this version has no such exports", where=str(serve), mend=mend)
+        target = _target(info, words)
+        prompts = _prompts(version, target, most=words.prompts)
         place = Place(words.engines / "venv" / "bin" / "python", words.engines / "llama.cpp", work.resolve())
-        rows = _measure(version, exports, target, prompts, place, words)
+        rows = _measure(serve, model_folder(draft)[0], exports, target, prompts, place, words)
     sys.stdout.write(table(rows))
     if words.out:
         write_json(words.out, [row.to_json() for row in rows])
@@ -69,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("pair", help="a version folder of a registry, or its champion")
     parser.add_argument(
         "--engine", action="append", choices=sorted(ENGINES), help="may be given again (default: all that are here)"
+    )
+    parser.add_argument(
+        "--draft", type=Path, default=None, help="folder of another draft for the same target (default: the pair's own)"
     )
     parser.add_argument("--layout", default=None, help="one format alone (default: all of the version)")
     parser.add_argument("--prompts", type=int, default=12, help="most scored prompts (default: 12)")
@@ -110,14 +117,14 @@ def _prompts(version: Path, target: CausalModel, *, most: int) -> list[list[int]
 
 
 def _measure(
-    version: Path,
+    serve: Path,
+    draft: Path,
     exports: Sequence[Export],
     target: CausalModel,
     prompts: list[list[int]],
     place: Place,
     words: argparse.Namespace,
 ) -> list[Row]:
-    draft, _ = model_folder(version / "draft")
     spec = read_draft_spec(draft)
     base = Job(
         target=str(target.folder),
@@ -137,7 +144,7 @@ def _measure(
     alone: dict[str, Outcome] = {}
     rows = []
     for export in exports:
-        folder = str((version / SERVE_FOLDER / export.folder).resolve()) if export.folder else ""
+        folder = str((serve / export.folder).resolve()) if export.folder else ""
         job = replace(base, layout=export.layout, draft=folder, tokens=export.tokens)
         if export.tokens not in mine:
             drafter = ours.load_draft(draft, target, tokens=export.tokens)

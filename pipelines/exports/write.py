@@ -80,6 +80,7 @@ def write_exports(
     target: str | None = None,
     device: str = "auto",
     only: Sequence[str] = (),
+    draft: Path | None = None,
 ) -> list[Export]:
     """Write all formats of a version's draft into a folder that is not there yet.
 
@@ -90,6 +91,7 @@ def write_exports(
         target: folder or id, when it is not where the pair was made.
         device: see `inference.target.TargetConfig`.
         only: names of layouts; empty for all that fit.
+        draft: folder of another draft for the same target; None for the version's own.
 
     Raises:
         InputError: no pair, another target, an unknown layout, or `out` is there or cannot be written.
@@ -97,12 +99,12 @@ def write_exports(
     if out.exists():
         raise InputError("it is there already", where=str(out), mend="name a folder that is not")
     info = read_pair(version)
-    draft, kind = model_folder(version / "draft")
+    folder, kind = model_folder(version / "draft" if draft is None else draft)
     aside = out.with_name(f".partial-{out.name}")
     with writing(out):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        exports = _exports(info, draft, kind, aside, _Place(cache, target, device), only)
+        exports = _exports(info, folder, kind, aside, _Place(cache, target, device), only)
         _write_tables(info, aside, exports)
         write_json(aside / EXPORTS_FILE, _listing(info, kind, exports))
         write_text(aside / README_FILE, readme(info, exports))

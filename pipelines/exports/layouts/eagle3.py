@@ -1,4 +1,8 @@
-"""EAGLE-3 as SGLang, vLLM, llama.cpp and TensorRT-LLM take it: a flat llama configuration, the layer as `midlayer`."""
+"""EAGLE-3 as SGLang, vLLM and llama.cpp take it: a flat llama configuration, the layer as `midlayer`.
+
+The same key means two things. vLLM and llama.cpp read `eagle_aux_hidden_state_layer_ids` at the top, one higher than
+decoder indices; SGLang reads the one inside `eagle_config` and adds one itself, so decoder indices stand there.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.source import Source
 
 KINDS = ("eagle3",)
+_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def _norms(source: Source) -> str:
@@ -44,8 +49,8 @@ def config(source: Source) -> dict[str, Any]:
         "target_hidden_size": source.network.shape.hidden,
         "num_aux_hidden_states": len(aux),
         "norm_before_residual": False,
-        "eagle_aux_hidden_state_layer_ids": aux,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": aux, "use_aux_hidden_state": True},
+        _LAYERS: aux,
+        "eagle_config": {_LAYERS: source.network.taps, "use_aux_hidden_state": True},
     }
 
 
@@ -58,6 +63,8 @@ def tensors(source: Source) -> dict[str, Tensor]:
 def read(folder: Path, target: CausalModel) -> FeatureNetwork:
     """See `pipelines.exports.layouts`."""
     found, weights = read_files(folder)
-    aux = found.get("eagle_aux_hidden_state_layer_ids") or found["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    aux = found[_LAYERS]
+    if [layer - 1 for layer in aux] != found["eagle_config"][_LAYERS]:
+        raise ValueError(f"{_LAYERS} at the top is to be one higher than inside eagle_config")
     before = bool(found.get("norm_before_residual", False))
     return read_eagle3(folder, target, found, weights, aux=aux, norm_before_residual=before)

@@ -149,6 +149,17 @@ def test_layer_ids_off_by_one_are_noticed(
         gap(network, target, layout, tmp_path / "export")
 
 
+@pytest.mark.parametrize("place", ["top", "inner"])
+def test_layer_ids_off_by_one_in_the_place_of_one_engine_are_noticed(
+    target: CausalModel, tmp_path: Path, place: str
+) -> None:
+    network = faulty(target, tmp_path / "export", "eagle3", "eagle3")
+    edit_config(tmp_path / "export", lambda c: off_by(1, c if place == "top" else c["eagle_config"]))
+    edit_config(tmp_path / "export", lambda c: off_by(-1, c["eagle_config"]) if place == "top" else None)
+    with pytest.raises(InputError, match="one higher than inside eagle_config"):
+        gap(network, target, "eagle3", tmp_path / "export")
+
+
 @pytest.mark.parametrize(("name", "layout"), BLOCKS)
 def test_the_wrong_block_layout_is_noticed(target: CausalModel, tmp_path: Path, name: str, layout: str) -> None:
     network = faulty(target, tmp_path / "export", name, layout)
@@ -267,7 +278,9 @@ def test_a_draft_with_the_targets_tables_does_not_carry_them(target: CausalModel
 
 def test_layer_ids_and_blocks_are_written_by_each_formats_own_count(target: CausalModel, tmp_path: Path) -> None:
     def config(name: str, layout: str) -> dict[str, Any]:
-        folder = written(source_of(draft_for(target, name), target), layout, tmp_path / name / layout)
+        folder = tmp_path / name / layout
+        if not folder.is_dir():
+            written(source_of(draft_for(target, name), target), layout, folder)
         found: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return found
 
@@ -276,6 +289,8 @@ def test_layer_ids_and_blocks_are_written_by_each_formats_own_count(target: Caus
     assert config("dspark", "dspark_speculators")["aux_hidden_state_layer_ids"] == [2, 3]
     assert config("dflash", "dflash")["dflash_config"]["target_layer_ids"] == [1, 3]
     assert config("eagle3", "eagle3")["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]
+    # Inside eagle_config SGLang adds one itself.
+    assert config("eagle3", "eagle3")["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
     # Three tokens a round: three slots where the anchor's predicts, four where it does not.
     assert config("dspark", "dspark_specforge")["block_size"] == 3
     assert config("dflash", "dflash_speculators")["block_size"] == 4
