@@ -6,7 +6,6 @@ Engines live in `.engines/`, which `make engines` makes; transformers is here al
 """
 
 import argparse
-import importlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.pair import DEFAULT_CACHE, read_pair
 from inference.target import TargetConfig, stop_tokens, target_digest
-from pipelines.engines import ours
+from pipelines.engines import in_llama_cpp, in_transformers, in_vllm, ours
 from pipelines.engines.compare import Row, table
 from pipelines.engines.job import Job, Outcome, Place
 from pipelines.exports.source import model_folder
@@ -31,8 +30,8 @@ from pipelines.files import read_json, write_json
 from pipelines.provenance import ROOT
 from pipelines.publish import GOLDEN_FILE
 
-ENGINES = {"transformers": "in_transformers", "vllm": "in_vllm", "llama.cpp": "in_llama_cpp"}
-NOT_HERE = ("sglang", "specforge")
+ENGINES: dict[str, Any] = {"transformers": in_transformers, "vllm": in_vllm, "llama.cpp": in_llama_cpp}
+NOT_HERE = ("sglang",)
 
 
 def main(argv: list[str]) -> int:
@@ -140,18 +139,26 @@ def _measure(
     )
     if words.threads:
         torch.set_num_threads(words.threads)
-    mine: dict[int, Outcome] = {}
+    mine: dict[tuple[int, bool], Outcome] = {}
     alone: dict[str, Outcome] = {}
     rows = []
     for export in exports:
         folder = str((serve / export.folder).resolve()) if export.folder else ""
         job = replace(base, layout=export.layout, draft=folder, tokens=export.tokens)
-        if export.tokens not in mine:
-            drafter = ours.load_draft(draft, target, tokens=export.tokens)
-            mine[export.tokens] = ours.run(job, target, drafter)
         for served in export.engines:
-            rows.append(_row(served.engine, served.refuses, job, base, mine[export.tokens], alone, place, words))
+            sampled = _draws(served.engine, job.temperature)
+            if (export.tokens, sampled) not in mine:
+                own = ours.load_draft(draft, target, tokens=export.tokens)
+                drafter = ours.as_engines_draft(own, sampled=sampled)
+                mine[export.tokens, sampled] = ours.run(job, target, drafter)
+            compared = mine[export.tokens, sampled]
+            rows.append(_row(served.engine, served.refuses, job, base, compared, alone, place, words))
     return rows
+
+
+def _draws(engine: str, temperature: float) -> bool:
+    """Whether an engine draws its proposals from the draft's rows; at temperature 0 there is no difference."""
+    return not temperature or engine not in ENGINES or bool(ENGINES[engine].SAMPLES_DRAFTS)
 
 
 def _row(
@@ -168,8 +175,10 @@ def _row(
     if refuses or engine not in wanted:
         why = refuses or ("it needs a GPU" if engine in NOT_HERE else "not asked for")
         return Row(job.layout, engine, None, None, mine, why)
-    module = importlib.import_module(f"pipelines.engines.{ENGINES[engine]}")
+    module = ENGINES[engine]
     if reason := module.refuses(job.layout):
+        if module is in_vllm and job.layout in in_vllm.LAYOUTS_ON_GPU:
+            reason = f"{reason}; {in_vllm.checked(job, place)}"
         return Row(job.layout, engine, None, None, mine, reason)
     sys.stderr.write(f"{job.layout} in {engine}\n")
     if engine not in alone:

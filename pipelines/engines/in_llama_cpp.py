@@ -22,6 +22,8 @@ TYPES = {
     "dspark_speculators": "draft-dspark",
 }
 """Format -> llama.cpp's type of draft."""
+SAMPLES_DRAFTS = False
+"""Whether proposals are drawn from the draft's rows at temperatures above 0, or are its likeliest tokens."""
 _START_SECONDS, _ANSWER_SECONDS = 120, 900
 _DRAFT_NEEDS_TARGET = ("eagle3", "dflash", "dspark", "dspark_speculators")
 

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipelines.engines.job import Job, Outcome, Place
 
+SAMPLES_DRAFTS = True
+"""Whether proposals are drawn from the draft's rows at temperatures above 0, or are its likeliest tokens."""
 LAYOUTS = ("transformers", "lookup")
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from inference.decoder import Request, decode
-from inference.drafters import Drafter, LoadContext, load_drafter
+from inference.drafters import Drafter, LoadContext, Proposal, load_drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
+from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
-from inference.randomness import TorchSource
+from inference.randomness import Source, TorchSource
 from inference.sampling import SamplingSettings
 from pipelines.engines.job import Job, Outcome
 
@@ -23,6 +24,52 @@ def load_draft(draft: Path, target: CausalModel, *, tokens: int) -> Drafter:
     if isinstance(drafter, FeatureDrafter):
         drafter.network.block = max(drafter.network.block, tokens)  # EAGLE-3 steps as often as it is asked to
     return drafter
+
+
+class LikeliestTokens:
+    """Proposes a draft's likeliest tokens as certain ones, whatever the temperature, as vLLM and llama.cpp do.
+
+    Lossless like any proposal; less is accepted of sampled answers than of tokens drawn from the draft's rows.
+    """
+
+    kind = "likeliest"
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """See `Drafter.begin`."""
+        self._drafter.begin(prompt)
+
+    def propose(
+        self, context: torch.Tensor, *, limit: int, lookahead: Lookahead, settings: SamplingSettings, generator: Source
+    ) -> Proposal:
+        """See `Drafter.propose`."""
+        greedy = SamplingSettings(temperature=0.0)
+        return self._drafter.propose(context, limit=limit, lookahead=lookahead, settings=greedy, generator=generator)
+
+    def rollback(self, num_accepted: int) -> None:
+        """See `Drafter.rollback`."""
+        self._drafter.rollback(num_accepted)
+
+    def nbytes(self) -> int:
+        """See `Drafter.nbytes`."""
+        return self._drafter.nbytes()
+
+
+class LikeliestTokensOfFeatures(LikeliestTokens):
+    """The same for a draft that reads the target's features."""
+
+    def __init__(self, drafter: FeatureDrafter) -> None:
+        super().__init__(drafter)
+        self.taps, self.read = drafter.taps, drafter.read
+
+
+def as_engines_draft(drafter: Drafter, *, sampled: bool) -> Drafter:
+    """A drafter that draws its tokens, or takes the likeliest ones, as an engine does."""
+    if sampled:
+        return drafter
+    return LikeliestTokensOfFeatures(drafter) if isinstance(drafter, FeatureDrafter) else LikeliestTokens(drafter)
 
 
 def run(job: Job, target: CausalModel, drafter: Drafter | None) -> Outcome:

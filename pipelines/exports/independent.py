@@ -7,7 +7,7 @@ from inference.drafters import DRAFT_FILE
 from inference.drafters.model import ModelDrafter
 from inference.loading import load_causal_model
 from inference.model import CausalModel
-from pipelines.exports.layouts import GAMMA, Engine, sglang, vllm
+from pipelines.exports.layouts import GAMMA, SERVED_BY_LLAMA_CPP, SERVED_BY_VLLM, Engine, sglang, vllm
 
 NAME = "transformers"
 _GGUF = (
@@ -21,10 +21,10 @@ _TRANSFORMERS = (
 )
 _STANDALONE = f"--speculative-num-steps {GAMMA} --speculative-eagle-topk 1"
 ENGINES = (
-    Engine("transformers", _TRANSFORMERS),
-    Engine("vllm", vllm("draft_model")),
+    Engine("transformers", _TRANSFORMERS, tried="5.23.0: served"),
+    Engine("vllm", vllm("draft_model"), tried=SERVED_BY_VLLM),
     Engine("sglang", sglang("STANDALONE", rest=_STANDALONE)),
-    Engine("llama.cpp", _GGUF),
+    Engine("llama.cpp", _GGUF, tried=SERVED_BY_LLAMA_CPP),
 )
 
 

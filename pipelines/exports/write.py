@@ -46,11 +46,13 @@ class Served:
         engine: its name.
         command: that starts it; empty where it refuses.
         refuses: why it cannot serve this draft; empty where it can.
+        tried: the version it was tried with, and how; empty for not at all.
     """
 
     engine: str
     command: str
     refuses: str
+    tried: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _served(engines: Sequence[layouts.Engine], source: Source | None, tokens: in
             assert source is not None, "only drafts that read features are asked about"
             refuses = engine.refuses(source)
         command = "" if refuses else engine.command.replace(layouts.GAMMA, str(tokens))
-        found.append(Served(engine.name, command, refuses))
+        found.append(Served(engine.name, command, refuses, engine.tried))
     return found
 
 
@@ -297,7 +299,8 @@ def readme(info: dict[str, Any], exports: Sequence[Export]) -> str:
 
 def _command_lines(one: Served) -> list[str]:
     language = "python" if one.engine == "transformers" else "sh"
-    return [f"{one.engine}:", "", f"```{language}", one.command, "```", ""]
+    tried = f" (tried with {one.tried})" if one.tried else " (not tried)"
+    return [f"{one.engine}{tried}:", "", f"```{language}", one.command, "```", ""]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

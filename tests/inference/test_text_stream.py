@@ -1,4 +1,4 @@
-"""Text that grows: pieces make up the whole, whatever the rounds, and a token costs the same however long the answer."""
+"""Text that grows: pieces make up the whole whatever the rounds, and a token costs the same however long the answer."""
 
 import random
 

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 from pipelines.exports.source import Source
 
+SERVED_BY_VLLM = "0.32.0: served, on a CPU"
+SERVED_BY_LLAMA_CPP = "the one in llama-cpp-python 0.3.36: converted and served"
+LOADED_BY_VLLM = "0.32.0: its own classes load the files, not served without a GPU"
+READ_BY_SGLANG = "0.5.23: not served; its own reader of configurations finds the right values"
 GAMMA = "{tokens}"
 """Stands for the number of proposed tokens in a command; `TARGET` and `DRAFT` for the folders."""
 
@@ -27,11 +31,13 @@ class Engine:
         name: of the engine.
         command: that starts it, with `TARGET`, `DRAFT` and `{tokens}` to be filled in.
         refuses: why it cannot serve a draft, or what tells that of one; empty where it can.
+        tried: the version it was tried with, and how; empty for not at all.
     """
 
     name: str
     command: str
     refuses: Callable[[Source], str] | str = ""
+    tried: str = ""
 
 
 def vllm(method: str, *, extra: str = "") -> str:

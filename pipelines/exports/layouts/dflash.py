@@ -7,7 +7,16 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import GAMMA, Engine, llama_cpp, sglang, vllm
+from pipelines.exports.layouts import (
+    GAMMA,
+    READ_BY_SGLANG,
+    SERVED_BY_LLAMA_CPP,
+    SERVED_BY_VLLM,
+    Engine,
+    llama_cpp,
+    sglang,
+    vllm,
+)
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
@@ -29,12 +38,13 @@ def _plain(source: Source) -> str:
 
 
 ENGINES = (
-    Engine("vllm", vllm("dflash"), unnormed),
-    Engine("sglang", sglang("DFLASH", rest=f"--speculative-num-draft-tokens $(({GAMMA} + 1))"), _plain),
+    Engine("vllm", vllm("dflash"), unnormed, SERVED_BY_VLLM),
+    Engine("sglang", sglang("DFLASH", rest=f"--speculative-num-draft-tokens $(({GAMMA} + 1))"), _plain, READ_BY_SGLANG),
     Engine(
         "llama.cpp",
         llama_cpp("draft-dflash"),
         lambda source: first_reason(unnormed(source), whole_vocabulary(source)),
+        SERVED_BY_LLAMA_CPP,
     ),
 )
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import Engine, vllm
+from pipelines.exports.layouts import SERVED_BY_VLLM, Engine, vllm
 from pipelines.exports.layouts._block import block_size, block_tensors, mask_token, read_block, unnormed
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.layouts._speculators import speculators_config
 from pipelines.exports.source import Source
 
 KINDS = ("dflash",)
-ENGINES = (Engine("vllm", vllm("dflash"), unnormed),)
+ENGINES = (Engine("vllm", vllm("dflash"), unnormed, SERVED_BY_VLLM),)
 
 
 def config(source: Source) -> dict[str, Any]:

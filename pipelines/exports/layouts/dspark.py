@@ -11,7 +11,16 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import GAMMA, Engine, llama_cpp, sglang, vllm
+from pipelines.exports.layouts import (
+    GAMMA,
+    LOADED_BY_VLLM,
+    READ_BY_SGLANG,
+    SERVED_BY_LLAMA_CPP,
+    Engine,
+    llama_cpp,
+    sglang,
+    vllm,
+)
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
@@ -44,12 +53,14 @@ ENGINES = (
         "vllm",
         vllm("dspark", extra=', "draft_sample_method": "probabilistic"'),
         lambda source: first_reason(unnormed(source), vanilla(source)),
+        LOADED_BY_VLLM,
     ),
-    Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables),
+    Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables, READ_BY_SGLANG),
     Engine(
         "llama.cpp",
         llama_cpp("draft-dspark"),
         lambda source: first_reason(unnormed(source), vanilla(source)),
+        SERVED_BY_LLAMA_CPP,
     ),
 )
 

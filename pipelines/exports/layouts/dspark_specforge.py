@@ -1,4 +1,7 @@
-"""DSpark as SpecForge writes and trains it: keys under `dflash_config`, the target's embedding and head left out."""
+"""DSpark as SpecForge writes it: keys under `dflash_config`, the target's embedding and head left out.
+
+SGLang reads it. vLLM takes the architecture's name and then misses `markov_rank` at the top: it has the other formats.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,25 +10,21 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import GAMMA, Engine, sglang, vllm
+from pipelines.exports.layouts import GAMMA, READ_BY_SGLANG, Engine, sglang
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
-    first_reason,
     mask_token,
     read_block,
     sequential_head,
-    unnormed,
 )
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
-from pipelines.exports.layouts.dspark import plain_tables, vanilla
+from pipelines.exports.layouts.dspark import plain_tables
 from pipelines.exports.source import Source
 
 KINDS = ("dspark",)
 ENGINES = (
-    Engine("specforge", "python scripts/train_dspark.py --draft-model-path $DRAFT ...", plain_tables),
-    Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables),
-    Engine("vllm", vllm("dspark"), lambda source: first_reason(unnormed(source), vanilla(source))),
+    Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables, READ_BY_SGLANG),
 )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import Engine, llama_cpp, vllm
+from pipelines.exports.layouts import LOADED_BY_VLLM, SERVED_BY_LLAMA_CPP, Engine, llama_cpp, vllm
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
@@ -30,8 +30,8 @@ def _vanilla(source: Source) -> str:
 
 
 ENGINES = (
-    Engine("vllm", vllm("dspark", extra=', "draft_sample_method": "probabilistic"'), _vanilla),
-    Engine("llama.cpp", llama_cpp("draft-dspark"), _vanilla),
+    Engine("vllm", vllm("dspark", extra=', "draft_sample_method": "probabilistic"'), _vanilla, LOADED_BY_VLLM),
+    Engine("llama.cpp", llama_cpp("draft-dspark"), _vanilla, SERVED_BY_LLAMA_CPP),
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import GAMMA, Engine, llama_cpp, sglang, vllm
+from pipelines.exports.layouts import GAMMA, SERVED_BY_LLAMA_CPP, SERVED_BY_VLLM, Engine, llama_cpp, sglang, vllm
 from pipelines.exports.layouts._eagle3 import aux_layers, layer_tensors, norms_heads, read_eagle3
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.source import Source
@@ -29,13 +29,14 @@ def _three_taps(source: Source) -> str:
 
 
 ENGINES = (
-    Engine("vllm", vllm("eagle3"), _norms),
+    Engine("vllm", vllm("eagle3"), _norms, SERVED_BY_VLLM),
     Engine(
         "sglang",
         sglang("EAGLE3", rest=f"--speculative-num-steps {GAMMA} --speculative-eagle-topk 1"),
         _three_taps,
+        "0.5.23: not served; names and keys compared with its loader",
     ),
-    Engine("llama.cpp", llama_cpp("draft-eagle3"), _three_taps),
+    Engine("llama.cpp", llama_cpp("draft-eagle3"), _three_taps, SERVED_BY_LLAMA_CPP),
 )
 
 

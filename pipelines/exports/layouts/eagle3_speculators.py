@@ -7,14 +7,14 @@ from torch import Tensor
 
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
-from pipelines.exports.layouts import Engine, vllm
+from pipelines.exports.layouts import SERVED_BY_VLLM, Engine, vllm
 from pipelines.exports.layouts._eagle3 import aux_layers, layer_tensors, norms_heads, read_eagle3
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.layouts._speculators import speculators_config
 from pipelines.exports.source import Source
 
 KINDS = ("eagle3",)
-ENGINES = (Engine("vllm", vllm("eagle3")),)
+ENGINES = (Engine("vllm", vllm("eagle3"), tried=SERVED_BY_VLLM),)
 
 
 def config(source: Source) -> dict[str, Any]:
