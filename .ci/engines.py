@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ROOT / ".engines"
+ENGINES = Path(os.environ.get("DSPARK_ENGINES") or ROOT / ".engines").resolve()
 VENV = ENGINES / "venv"
 PYTHON = VENV / "bin" / "python"
 LLAMA_CPP = ENGINES / "llama.cpp"

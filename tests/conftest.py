@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["DSPARK_ENGINES"] = os.devnull  # what is made does not depend on whether engines are here
 
 import pytest
 from hydra.core.config_store import ConfigStore

@@ -24,10 +24,10 @@ from inference.target import TargetConfig, stop_tokens, target_digest
 from pipelines.engines import in_llama_cpp, in_transformers, in_vllm, ours
 from pipelines.engines.compare import Row, table
 from pipelines.engines.job import Job, Outcome, Place
+from pipelines.exports.gguf_files import ENGINES_FOLDER
 from pipelines.exports.source import model_folder
 from pipelines.exports.write import SERVE_FOLDER, Export, read_exports, write_exports
 from pipelines.files import read_json, write_json
-from pipelines.provenance import ROOT
 from pipelines.publish import GOLDEN_FILE
 
 ENGINES: dict[str, Any] = {"transformers": in_transformers, "vllm": in_vllm, "llama.cpp": in_llama_cpp}
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="of the processor, for every engine (default: its own)")
     parser.add_argument("--target", default=None, help="the target's folder or id here (default: as in the pair)")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
-    parser.add_argument("--engines", type=Path, default=ROOT / ".engines", help="what make engines made")
+    parser.add_argument("--engines", type=Path, default=ENGINES_FOLDER, help="what make engines made")
     parser.add_argument("--work", default=None, help="keep conversions and logs here (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=None, help="also write everything as JSON")
     return parser

@@ -1,6 +1,5 @@
 """llama.cpp's server, built by `make engines`: drafts converted to GGUF by its own converter, one request at a time."""
 
-import os
 import socket
 import subprocess
 import time
@@ -13,15 +12,8 @@ import httpx
 
 from inference.errors import InputError
 from pipelines.engines.job import Job, Outcome, Place
+from pipelines.exports.gguf_files import NAME, TYPES, Converter
 
-TYPES = {
-    "transformers": "draft-simple",
-    "eagle3": "draft-eagle3",
-    "dflash": "draft-dflash",
-    "dspark": "draft-dspark",
-    "dspark_speculators": "draft-dspark",
-}
-"""Format -> llama.cpp's type of draft."""
 SAMPLES_DRAFTS = False
 """Whether proposals are drawn from the draft's rows at temperatures above 0, or are its likeliest tokens."""
 _START_SECONDS, _ANSWER_SECONDS = 120, 900
@@ -30,6 +22,8 @@ _DRAFT_NEEDS_TARGET = ("eagle3", "dflash", "dspark", "dspark_speculators")
 
 def refuses(layout: str) -> str:
     """Why a format is not run here; empty where it is."""
+    if layout == NAME:
+        return "it is what llama.cpp makes of the other format"
     return "" if layout in TYPES else "llama.cpp converts the other formats of this draft"
 
 
@@ -75,14 +69,7 @@ def converted(folder: Path, place: Place, *, target: Path | None = None) -> Path
     made = place.work / f"{folder.parent.name}-{folder.name}.gguf"
     if made.is_file():
         return made
-    command = [str(place.python), str(place.llama_cpp / "convert_hf_to_gguf.py"), str(folder), "--outtype", "f32"]
-    command += ["--outfile", str(made)] + (["--target-model-dir", str(target)] if target is not None else [])
-    environment = {**os.environ, "PYTHONPATH": str(place.llama_cpp / "gguf-py")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        made.unlink(missing_ok=True)
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"llama.cpp's converter failed: {said[:300]}", where=str(folder), mend="see its message")
+    Converter(place.python, place.llama_cpp).convert(folder, made, target=target)
     return made
 
 

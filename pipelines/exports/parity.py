@@ -22,7 +22,7 @@ from inference.feature_drafts._checkpoint import load_network, put_into, vocabul
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.pair import Pair
-from pipelines.exports import independent
+from pipelines.exports import gguf_files, independent
 from pipelines.exports.source import model_folder
 from pipelines.exports.write import SERVE_FOLDER, Export, layouts_for, read_exports
 from pipelines.files import sha256_file
@@ -64,6 +64,10 @@ def check_exports(version: Path, pair: Pair, repeats: Callable[[Drafter], Iterat
     for export in read_exports(serve):
         if export.folder:
             check_files(serve / export.folder, export)
+        if export.layout == gguf_files.NAME:
+            source = next(one for one in read_exports(serve) if one.folder and one.layout in gguf_files.TYPES)
+            gguf_files.check_whole(serve / export.folder / gguf_files.FILE, serve / source.folder)
+        elif export.folder:
             drafter, gap = _rebuilt(serve / export.folder, export.layout, draft, pair, tokens)
             for name, went in repeats(standing_in(pair.drafter, drafter)):
                 if not went:

@@ -27,7 +27,7 @@ from inference.loading import load_causal_model
 from inference.pair import DEFAULT_CACHE, PAIR_FILE, read_pair
 from inference.plugins import plugins
 from inference.target import EMBEDDED, TargetConfig, target_digest
-from pipelines.exports import independent, layouts, without_files
+from pipelines.exports import gguf_files, independent, layouts, without_files
 from pipelines.exports.layouts._shared import CONFIG_FILE, WEIGHTS_FILE, stored
 from pipelines.exports.source import Source, model_folder
 from pipelines.exports.tables import SPS_FILE, STS_FILE, sglang_steps, sglang_temperatures
@@ -107,6 +107,7 @@ def write_exports(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         exports = _exports(info, folder, kind, aside, _Place(cache, target, device), only)
+        exports += _gguf(info, aside, exports, _Place(cache, target, device), only)
         _write_tables(info, aside, exports)
         write_json(aside / EXPORTS_FILE, _listing(info, kind, exports))
         write_text(aside / README_FILE, readme(info, exports))
@@ -159,6 +160,29 @@ def _feature_exports(
         else:
             found.append(Export(name, "", source.tokens, served))
     return found
+
+
+def _gguf(
+    info: dict[str, Any], aside: Path, exports: Sequence[Export], place: _Place, only: Sequence[str]
+) -> list[Export]:
+    """The draft as GGUF, where llama.cpp's converter is here and takes one of the formats that were written."""
+    converter = gguf_files.present()
+    source = next((export for export in exports if _for_llama_cpp(export)), None)
+    if converter is None or source is None or (only and gguf_files.NAME not in only):
+        return []
+    reference = info["target"]
+    config = TargetConfig(path=place.target or reference["path"], revision=reference["revision"], device=place.device)
+    target = None if source.layout == independent.NAME else config.folder(place.cache)
+    made = aside / gguf_files.NAME / gguf_files.FILE
+    made.parent.mkdir()
+    converter.convert(aside / source.folder, made, target=target, outtype="bf16")
+    return [_listed(gguf_files.NAME, aside, source.tokens, [gguf_files.engine(source.layout)], None)]
+
+
+def _for_llama_cpp(export: Export) -> bool:
+    """Whether llama.cpp converts a format of this draft."""
+    served = {one.engine: one for one in export.engines}
+    return bool(export.folder) and export.layout in gguf_files.TYPES and bool(served.get("llama.cpp"))
 
 
 def load_source(info: dict[str, Any], draft: Path, *, cache: Path, target: str | None, device: str) -> Source:
@@ -223,7 +247,7 @@ def _served(engines: Sequence[layouts.Engine], source: Source | None, tokens: in
 
 
 def _check_known(only: Sequence[str], names: Sequence[str]) -> None:
-    unknown = [name for name in only if name not in names]
+    unknown = [name for name in only if name not in (*names, gguf_files.NAME)]
     if unknown:
         mend = f"this draft has {', '.join(names)}"
         raise InputError(f"no format {unknown[0]!r} for this draft", where="exports", mend=mend)
