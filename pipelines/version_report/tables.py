@@ -98,8 +98,7 @@ def candidates(contents: Contents) -> Table:
                 _outcome(contents, candidate.arm, candidate.refused),
             ]
         )
-    marked = [candidate.arm for candidate in contents.decision.candidates].index(contents.winner)
-    return Table(header, rows, marked)
+    return Table(header, rows, _place([candidate.arm for candidate in contents.decision.candidates], contents.winner))
 
 
 def _outcome(contents: Contents, arm: str, refused: str) -> str:
@@ -177,7 +176,12 @@ def costs(contents: Contents) -> Table | None:
         if card.cost_per_million is not None
     ]
     arms = [row[0] for row in rows]
-    return Table(["draft", "a million tokens", "saved"], rows, arms.index(contents.winner))
+    return Table(["draft", "a million tokens", "saved"], rows, _place(arms, contents.winner))
+
+
+def _place(names: list[str], wanted: str) -> int | None:
+    """Where a name stands; a decision need not list its candidates."""
+    return names.index(wanted) if wanted in names else None
 
 
 def exports(contents: Contents) -> list[tuple[str, list[tuple[str, str, str]]]]:

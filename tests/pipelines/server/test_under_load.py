@@ -4,6 +4,7 @@ import asyncio
 import gc
 import tracemalloc
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +199,15 @@ def test_nothing_grows_with_the_number_of_requests(served: Live) -> None:
     some()
     tracemalloc.start()
     try:
-        some()
-        first = tracemalloc.get_traced_memory()[0]
-        some()
-        second = tracemalloc.get_traced_memory()[0]
+        held = []
+        for _ in range(4):
+            some()
+            held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     # Forty requests that stayed would be far more: jobs, answers, token lists and their text, some kilobytes each.
-    assert second - first < 50_000
+    # Libraries fill caches now and then; what stayed of requests would show every time.
+    assert min(after - before for before, after in pairwise(held)) < 50_000
     service = served.server.service
     assert service.version is not None
     # Of this server: others of the same process may be remembered by what they ended with.
