@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.write(table(rows))
     if words.out:
         write_json(words.out, [row.to_json() for row in rows])
-    return 0 if all(row.agrees for row in rows if row.outcome is not None) else 1
+    return 0 if all(row.agrees for row in rows if row.ours is not None) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,48 +139,56 @@ def _measure(
     )
     if words.threads:
         torch.set_num_threads(words.threads)
-    mine: dict[tuple[int, bool], Outcome] = {}
-    alone: dict[str, Outcome] = {}
+    compared = _Compared(draft, target, base)
     rows = []
     for export in exports:
         folder = str((serve / export.folder).resolve()) if export.folder else ""
         job = replace(base, layout=export.layout, draft=folder, tokens=export.tokens)
         for served in export.engines:
-            sampled = _draws(served.engine, job.temperature)
-            if (export.tokens, sampled) not in mine:
-                own = ours.load_draft(draft, target, tokens=export.tokens)
-                drafter = ours.as_engines_draft(own, sampled=sampled)
-                mine[export.tokens, sampled] = ours.run(job, target, drafter)
-            compared = mine[export.tokens, sampled]
-            rows.append(_row(served.engine, served.refuses, job, base, compared, alone, place, words))
+            reason = served.refuses or _not_run(served.engine, job, place, wanted=words.engine or list(ENGINES))
+            if reason:
+                rows.append(Row(job.layout, served.engine, None, None, None, reason))
+                continue
+            sys.stderr.write(f"{job.layout} in {served.engine}\n")
+            alone = compared.alone(served.engine, place)
+            outcome = ENGINES[served.engine].run(job, place)
+            # Without files an engine drafts by its own rules, which are not ours to compare with.
+            mine = compared.mine(job, served.engine) if folder else None
+            rows.append(Row(job.layout, served.engine, outcome, alone, mine))
     return rows
 
 
-def _draws(engine: str, temperature: float) -> bool:
-    """Whether an engine draws its proposals from the draft's rows; at temperature 0 there is no difference."""
-    return not temperature or engine not in ENGINES or bool(ENGINES[engine].SAMPLES_DRAFTS)
+def _not_run(engine: str, job: Job, place: Place, *, wanted: Sequence[str]) -> str:
+    """Why an engine is not run, with what was found by loading alone where that can be done; empty where it runs."""
+    if engine in NOT_HERE:
+        return "it needs a GPU"
+    if engine not in wanted:
+        return "not asked for"
+    reason = str(ENGINES[engine].refuses(job.layout))
+    if engine == "vllm" and job.layout in in_vllm.LAYOUTS_ON_GPU:
+        return f"{reason}; {in_vllm.checked(job, place)}"
+    return reason
 
 
-def _row(
-    engine: str,
-    refuses: str,
-    job: Job,
-    base: Job,
-    mine: Outcome,
-    alone: dict[str, Outcome],
-    place: Place,
-    words: argparse.Namespace,
-) -> Row:
-    wanted = words.engine or list(ENGINES)
-    if refuses or engine not in wanted:
-        why = refuses or ("it needs a GPU" if engine in NOT_HERE else "not asked for")
-        return Row(job.layout, engine, None, None, mine, why)
-    module = ENGINES[engine]
-    if reason := module.refuses(job.layout):
-        if module is in_vllm and job.layout in in_vllm.LAYOUTS_ON_GPU:
-            reason = f"{reason}; {in_vllm.checked(job, place)}"
-        return Row(job.layout, engine, None, None, mine, reason)
-    sys.stderr.write(f"{job.layout} in {engine}\n")
-    if engine not in alone:
-        alone[engine] = module.run(base, place)
-    return Row(job.layout, engine, module.run(job, place), alone[engine], mine)
+class _Compared:
+    """What engines are compared with, run once and when first asked for: each alone, and our own decoder."""
+
+    def __init__(self, draft: Path, target: CausalModel, base: Job) -> None:
+        self._draft, self._target, self._base = draft, target, base
+        self._alone: dict[str, Outcome] = {}
+        self._mine: dict[tuple[int, bool], Outcome] = {}
+
+    def alone(self, engine: str, place: Place) -> Outcome:
+        """Target-only decoding in an engine."""
+        if engine not in self._alone:
+            self._alone[engine] = ENGINES[engine].run(self._base, place)
+        return self._alone[engine]
+
+    def mine(self, job: Job, engine: str) -> Outcome:
+        """The job in our decoder, drafts drawn or taken greedily as the engine does."""
+        sampled = not job.temperature or bool(ENGINES[engine].SAMPLES_DRAFTS)
+        if (job.tokens, sampled) not in self._mine:
+            own = ours.load_draft(self._draft, self._target, tokens=job.tokens)
+            drafter = ours.as_engines_draft(own, sampled=sampled)
+            self._mine[job.tokens, sampled] = ours.run(job, self._target, drafter)
+        return self._mine[job.tokens, sampled]

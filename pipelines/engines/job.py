@@ -1,6 +1,5 @@
 """What an engine is asked to do, and what came of it; both travel as JSON to engines in environments of their own."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,3 @@ class Place:
     python: Path
     llama_cpp: Path
     work: Path
-
-
-def first_rows(prompts: Sequence[list[int]], *, room: int) -> list[list[int]]:
-    """Prompts that fit beside their answers."""
-    return [prompt for prompt in prompts if len(prompt) <= room]

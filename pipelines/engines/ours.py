@@ -8,7 +8,6 @@ import torch
 from inference.decoder import Request, decode
 from inference.drafters import Drafter, LoadContext, Proposal, load_drafter
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.none import NoDrafter
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
@@ -72,7 +71,7 @@ def as_engines_draft(drafter: Drafter, *, sampled: bool) -> Drafter:
     return LikeliestTokensOfFeatures(drafter) if isinstance(drafter, FeatureDrafter) else LikeliestTokens(drafter)
 
 
-def run(job: Job, target: CausalModel, drafter: Drafter | None) -> Outcome:
+def run(job: Job, target: CausalModel, drafter: Drafter) -> Outcome:
     """Answer every prompt under a fixed length of proposals; see `Outcome`."""
     settings = SamplingSettings(temperature=job.temperature)
     request = Request(settings=settings, max_new_tokens=job.max_tokens, stop_tokens=frozenset(job.stop_tokens))
@@ -83,10 +82,10 @@ def run(job: Job, target: CausalModel, drafter: Drafter | None) -> Outcome:
         started = time.perf_counter()
         decoded = decode(
             target,
-            drafter if drafter is not None and job.tokens else NoDrafter(),
+            drafter,
             torch.tensor(prompt, device=target.device),
             request=request,
-            lookahead=FixedLookahead(job.tokens if drafter is not None else 0),
+            lookahead=FixedLookahead(job.tokens),
             generator=TorchSource.seeded(job.seed + index, device=target.device),
         )
         seconds.append(time.perf_counter() - started)

@@ -7,7 +7,6 @@ token for token and in as many target passes as the score took, which is the sam
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from inference.model import CausalModel
 from inference.pair import Pair
 from pipelines.exports import gguf_files, independent
 from pipelines.exports.source import model_folder
-from pipelines.exports.write import SERVE_FOLDER, Export, layouts_for, read_exports
+from pipelines.exports.write import SERVE_FOLDER, Export, converted_from, layouts_for, read_exports
 from pipelines.files import sha256_file
 
 TOLERANCE = 1e-5
@@ -33,20 +32,7 @@ _TOKENS, _ANCHORS = 96, 8
 _MEND = "this is a mistake in the export, or its files were changed; export the pair again"
 
 
-@dataclass(frozen=True)
-class Parity:
-    """What the gate found of one export.
-
-    Attributes:
-        layout: its name.
-        gap: largest difference of logits over the largest logit.
-    """
-
-    layout: str
-    gap: float
-
-
-def check_exports(version: Path, pair: Pair, repeats: Callable[[Drafter], Iterator[tuple[str, bool]]]) -> list[Parity]:
+def check_exports(version: Path, pair: Pair, repeats: Callable[[Drafter], Iterator[tuple[str, bool]]]) -> None:
     """Pass every export of a version through the gate.
 
     Args:
@@ -60,22 +46,18 @@ def check_exports(version: Path, pair: Pair, repeats: Callable[[Drafter], Iterat
     serve = version / SERVE_FOLDER
     draft, _ = model_folder(version / "draft")
     tokens = sample_tokens(pair)
-    found = []
-    for export in read_exports(serve):
-        if export.folder:
-            check_files(serve / export.folder, export)
+    exports = [export for export in read_exports(serve) if export.folder]
+    for export in exports:
+        check_files(serve / export.folder, export)
         if export.layout == gguf_files.NAME:
-            source = next(one for one in read_exports(serve) if one.folder and one.layout in gguf_files.TYPES)
+            source = converted_from(exports)
+            assert source is not None, "a GGUF file is listed with the format it was made from"
             gguf_files.check_whole(serve / export.folder / gguf_files.FILE, serve / source.folder)
-        elif export.folder:
-            drafter, gap = _rebuilt(serve / export.folder, export.layout, draft, pair, tokens)
-            for name, went in repeats(standing_in(pair.drafter, drafter)):
-                if not went:
-                    raise InputError(
-                        f"{name} took other tokens or passes than its score", where=export.layout, mend=_MEND
-                    )
-            found.append(Parity(export.layout, gap))
-    return found
+            continue
+        drafter = _rebuilt(serve / export.folder, export.layout, draft, pair, tokens)
+        for name, went in repeats(standing_in(pair.drafter, drafter)):
+            if not went:
+                raise InputError(f"{name} took other tokens or passes than its score", where=export.layout, mend=_MEND)
 
 
 def check_files(folder: Path, export: Export) -> None:
@@ -104,17 +86,17 @@ def standing_in(own: Drafter, rebuilt: Drafter) -> Drafter:
     return rebuilt
 
 
-def _rebuilt(folder: Path, layout: str, draft: Path, pair: Pair, tokens: Tensor) -> tuple[Drafter, float]:
-    """The drafter of an export, and how far its logits are from the draft's."""
+def _rebuilt(folder: Path, layout: str, draft: Path, pair: Pair, tokens: Tensor) -> Drafter:
+    """The drafter of an export, once its logits are the draft's."""
     target, precision = pair.target, pair.target.precision or "fp32"
     if layout == independent.NAME:
-        gap = independent_gap(draft, folder, target, tokens)
-        return independent.read_model_folder(folder, target, precision=precision), gap
+        independent_gap(draft, folder, target, tokens)
+        return independent.read_model_folder(folder, target, precision=precision)
     original = load_network(draft, target, precision="fp32")
     rebuilt = layouts_for(original.config.kind)[layout].read(folder, target)
-    gap = block_gap(original, rebuilt, target, tokens, where=layout)
+    block_gap(original, rebuilt, target, tokens, where=layout)
     put_into(rebuilt, precision)
-    return FeatureDrafter(rebuilt), gap
+    return FeatureDrafter(rebuilt)
 
 
 def independent_gap(draft: Path, folder: Path, target: CausalModel, tokens: Tensor) -> float:
@@ -213,4 +195,4 @@ def _gap(logits: Tensor, others: Tensor, *, where: str) -> float:
     return gap
 
 
-__all__ = ["Parity", "block_gap", "check_exports", "check_files", "independent_gap"]
+__all__ = ["block_gap", "check_exports", "check_files", "independent_gap"]

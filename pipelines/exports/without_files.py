@@ -1,6 +1,6 @@
 """Pairs whose draft is nothing that could be copied: engines have it themselves, or need no draft."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pipelines.exports.layouts import GAMMA, Engine
 
@@ -60,3 +60,11 @@ def quantized(spec: Mapping[str, object]) -> list[Engine]:
             skipped,
         ),
     ]
+
+
+KINDS: dict[str, Callable[[Mapping[str, object]], list[Engine]]] = {
+    "none": none,
+    "lookup": lookup,
+    "quantized": quantized,
+}
+"""Kind of drafter -> engines that have it themselves, from its `draft.json`."""

@@ -26,6 +26,7 @@ from inference.feature_drafts._checkpoint import load_network
 from inference.loading import load_causal_model
 from inference.pair import DEFAULT_CACHE, PAIR_FILE, read_pair
 from inference.plugins import plugins
+from inference.statistics import BASELINE
 from inference.target import EMBEDDED, TargetConfig, target_digest
 from pipelines.exports import gguf_files, independent, layouts, without_files
 from pipelines.exports.layouts._shared import CONFIG_FILE, WEIGHTS_FILE, stored
@@ -106,8 +107,9 @@ def write_exports(
     with writing(out):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        exports = _exports(info, folder, kind, aside, _Place(cache, target, device), only)
-        exports += _gguf(info, aside, exports, _Place(cache, target, device), only)
+        place = _Place(cache, target, device)
+        exports = _exports(info, folder, kind, aside, place, only)
+        exports += _gguf(info, aside, exports, place, only)
         _write_tables(info, aside, exports)
         write_json(aside / EXPORTS_FILE, _listing(info, kind, exports))
         write_text(aside / README_FILE, readme(info, exports))
@@ -136,8 +138,15 @@ def _exports(
         _check_known(only, [independent.NAME])
         independent.write_model_folder(draft, aside / independent.NAME)
         return [_listed(independent.NAME, aside, tokens, independent.ENGINES, None)]
-    engines = getattr(without_files, kind)(spec)
-    return [Export(kind, "", tokens, _served(engines, None, tokens))]
+    if kind not in without_files.KINDS:
+        return [_loaded_by_nobody(kind, tokens)]
+    tokens = 0 if kind == BASELINE else tokens
+    return [Export(kind, "", tokens, _served(without_files.KINDS[kind](spec), None, tokens))]
+
+
+def _loaded_by_nobody(kind: str, tokens: int) -> Export:
+    nobody = Served("vllm, sglang, transformers, llama.cpp", "", f"they load no {kind} drafts of our form")
+    return Export(kind, "", tokens, [nobody])
 
 
 def _feature_exports(
@@ -147,8 +156,7 @@ def _feature_exports(
     fitting = layouts_for(source.kind)
     _check_known(only, list(fitting))
     if not fitting:
-        nobody = Served("vllm, sglang, transformers, llama.cpp", "", f"they load no {source.kind} drafts of our form")
-        return [Export(source.kind, "", source.tokens, [nobody])]
+        return [_loaded_by_nobody(source.kind, source.tokens)]
     found = []
     for name, layout in fitting.items():
         if only and name not in only:
@@ -166,9 +174,13 @@ def _gguf(
     info: dict[str, Any], aside: Path, exports: Sequence[Export], place: _Place, only: Sequence[str]
 ) -> list[Export]:
     """The draft as GGUF, where llama.cpp's converter is here and takes one of the formats that were written."""
-    converter = gguf_files.present()
-    source = next((export for export in exports if _for_llama_cpp(export)), None)
-    if converter is None or source is None or (only and gguf_files.NAME not in only):
+    converter, source = gguf_files.present(), converted_from(exports)
+    if converter is None or source is None:
+        if gguf_files.NAME in only:
+            mend = "make engines" if converter is None else "name that format too, as in [eagle3,gguf]"
+            raise InputError("gguf is made from another format by llama.cpp's converter", where="exports", mend=mend)
+        return []
+    if only and gguf_files.NAME not in only:
         return []
     reference = info["target"]
     config = TargetConfig(path=place.target or reference["path"], revision=reference["revision"], device=place.device)
@@ -179,10 +191,13 @@ def _gguf(
     return [_listed(gguf_files.NAME, aside, source.tokens, [gguf_files.engine(source.layout)], None)]
 
 
-def _for_llama_cpp(export: Export) -> bool:
-    """Whether llama.cpp converts a format of this draft."""
-    served = {one.engine: one for one in export.engines}
-    return bool(export.folder) and export.layout in gguf_files.TYPES and bool(served.get("llama.cpp"))
+def converted_from(exports: Sequence[Export]) -> Export | None:
+    """The first format that llama.cpp converts and serves, with its files; None where there is none."""
+    for export in exports:
+        takes = any(one.engine == "llama.cpp" and not one.refuses for one in export.engines)
+        if export.folder and export.layout in gguf_files.TYPES and takes:
+            return export
+    return None
 
 
 def load_source(info: dict[str, Any], draft: Path, *, cache: Path, target: str | None, device: str) -> Source:

@@ -298,6 +298,44 @@ def test_a_pair_of_every_kind_repeats_its_scored_tokens(finished: Finished, tmp_
     assert export.layout == {"pruned": "transformers"}.get(arm, arm)
     assert {"vllm", "sglang", "transformers", "llama.cpp"} == {one.engine for one in export.engines}
     assert all(one.command and not one.refuses for one in export.engines)
+    assert (export.tokens == 0) is (arm == "none")
+
+
+def test_a_kind_that_no_engine_knows_is_published_without_commands(finished: Finished, tmp_path: Path) -> None:
+    folder = published(finished, "lookup", tmp_path)
+    (folder / "draft" / "draft.json").write_text(json.dumps({"kind": "brand_new"}))
+    [export] = write_exports(folder, tmp_path / "serve", cache=finished.place.cache)
+    assert [(one.command, one.refuses) for one in export.engines] == [("", "they load no brand_new drafts of our form")]
+
+
+def test_gguf_without_a_converter_is_refused(finished: Finished, tmp_path: Path) -> None:
+    folder = published(finished, "pruned", tmp_path)
+    with pytest.raises(InputError, match=r"gguf is made from another format .*: make engines"):
+        write_exports(folder, tmp_path / "serve", cache=finished.place.cache, only=["gguf"])
+    assert not (tmp_path / "serve").exists()
+
+
+def test_engines_that_are_here_are_measured_and_the_others_say_why_not(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published(finished, "pruned", tmp_path)
+    words = [
+        "--engine",
+        "transformers",
+        "--prompts",
+        "2",
+        "--max-new-tokens",
+        "16",
+        "--out",
+        str(tmp_path / "rows.json"),
+    ]
+    code = cli.main(["engines", str(folder), "--cache", str(finished.place.cache), *words])
+    shown = capsys.readouterr().out
+    rows = {row["engine"]: row for row in read(tmp_path / "rows.json")}
+    assert rows["transformers"]["outcome"]["tokens"] == rows["transformers"]["ours"]["tokens"]
+    assert code == (0 if rows["transformers"]["agrees"] else 1)
+    assert "| transformers | vllm | not run: not asked for |" in shown
+    assert "| transformers | sglang | not run: it needs a GPU |" in shown
 
 
 def test_an_export_with_another_tokenizer_or_other_files_is_found(finished: Finished, tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def mask_token(source: Source) -> int | None:
     return unused_token(source.target.tokenizer, source.network.shape.vocab) if known is None else known
 
 
+def draft_vocabulary(source: Source) -> dict[str, int]:
+    """The key of a reduced vocabulary, where it is one."""
+    return {} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]}
+
+
+def plain_tables(source: Source) -> str:
+    """Why an engine that has the target's tables alone cannot serve a draft."""
+    return first_reason(unnormed(source), no_own_embedding(source), whole_vocabulary(source))
+
+
 def block_size(source: Source) -> int:
     """Slots of a block, the anchor's included."""
     return network_of(source).width

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import (
@@ -20,9 +18,10 @@ from pipelines.exports.layouts import (
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
+    draft_vocabulary,
     first_reason,
     mask_token,
-    no_own_embedding,
+    plain_tables,
     read_block,
     unnormed,
     whole_vocabulary,
@@ -33,13 +32,14 @@ from pipelines.exports.source import Source
 KINDS = ("dflash",)
 
 
-def _plain(source: Source) -> str:
-    return first_reason(unnormed(source), no_own_embedding(source), whole_vocabulary(source))
-
-
 ENGINES = (
     Engine("vllm", vllm("dflash"), unnormed, SERVED_BY_VLLM),
-    Engine("sglang", sglang("DFLASH", rest=f"--speculative-num-draft-tokens $(({GAMMA} + 1))"), _plain, READ_BY_SGLANG),
+    Engine(
+        "sglang",
+        sglang("DFLASH", rest=f"--speculative-num-draft-tokens $(({GAMMA} + 1))"),
+        plain_tables,
+        READ_BY_SGLANG,
+    ),
     Engine(
         "llama.cpp",
         llama_cpp("draft-dflash"),
@@ -51,19 +51,17 @@ ENGINES = (
 
 def config(source: Source) -> dict[str, Any]:
     """`config.json`."""
-    found = {
+    return {
         **layer_config(source, model_type="qwen3"),
         "architectures": ["DFlashDraftModel"],
         "block_size": block_size(source),
+        **draft_vocabulary(source),
         "num_target_layers": source.network.shape.target_layers,
         "dflash_config": {"mask_token_id": mask_token(source), "target_layer_ids": source.network.taps},
     }
-    return found | ({} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]})
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """By the names of DFlash checkpoints."""
-    return block_tensors(source)
+tensors = block_tensors
 
 
 @reading

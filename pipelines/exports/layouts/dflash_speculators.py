@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import SERVED_BY_VLLM, Engine, vllm
-from pipelines.exports.layouts._block import block_size, block_tensors, mask_token, read_block, unnormed
+from pipelines.exports.layouts._block import (
+    block_size,
+    block_tensors,
+    mask_token,
+    read_block,
+    unnormed,
+)
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.layouts._speculators import speculators_config
 from pipelines.exports.source import Source
@@ -31,9 +35,7 @@ def config(source: Source) -> dict[str, Any]:
     }
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """By the names of the speculators library."""
-    return block_tensors(source)
+tensors = block_tensors
 
 
 @reading

@@ -7,8 +7,6 @@ readers of the DFlash family expect there.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import (
@@ -24,13 +22,13 @@ from pipelines.exports.layouts import (
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
+    draft_vocabulary,
     first_reason,
     mask_token,
-    no_own_embedding,
+    plain_tables,
     read_block,
     sequential_head,
     unnormed,
-    whole_vocabulary,
 )
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.source import Source
@@ -40,26 +38,22 @@ KINDS = ("dspark",)
 
 def vanilla(source: Source) -> str:
     """Why an engine with the plain sequential head alone cannot serve a draft."""
-    return "" if sequential_head(source)["markov_head_type"] == "vanilla" else "it has the plain sequential head alone"
-
-
-def plain_tables(source: Source) -> str:
-    """Why an engine that has the target's tables alone cannot serve a draft."""
-    return first_reason(unnormed(source), no_own_embedding(source), whole_vocabulary(source))
+    plain = sequential_head(source)["markov_head_type"] == "vanilla"
+    return first_reason(unnormed(source), "" if plain else "it has the plain sequential head alone")
 
 
 ENGINES = (
     Engine(
         "vllm",
         vllm("dspark", extra=', "draft_sample_method": "probabilistic"'),
-        lambda source: first_reason(unnormed(source), vanilla(source)),
+        vanilla,
         LOADED_BY_VLLM,
     ),
     Engine("sglang", sglang("DSPARK", rest=f"--speculative-dspark-block-size {GAMMA}"), plain_tables, READ_BY_SGLANG),
     Engine(
         "llama.cpp",
         llama_cpp("draft-dspark"),
-        lambda source: first_reason(unnormed(source), vanilla(source)),
+        vanilla,
         SERVED_BY_LLAMA_CPP,
     ),
 )
@@ -68,10 +62,11 @@ ENGINES = (
 def config(source: Source) -> dict[str, Any]:
     """`config.json`."""
     heads, mask = sequential_head(source), mask_token(source)
-    found = {
+    return {
         **layer_config(source, model_type="qwen3"),
         "architectures": ["Qwen3DSparkModel"],
         "block_size": block_size(source),
+        **draft_vocabulary(source),
         "num_target_layers": source.network.shape.target_layers,
         "num_anchors": source.network.config.anchors,
         "mask_token_id": mask,
@@ -86,12 +81,9 @@ def config(source: Source) -> dict[str, Any]:
             **heads,
         },
     }
-    return found | ({} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]})
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """By the names of DSpark checkpoints."""
-    return block_tensors(source)
+tensors = block_tensors
 
 
 @reading

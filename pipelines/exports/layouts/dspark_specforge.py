@@ -6,20 +6,19 @@ SGLang reads it. vLLM takes the architecture's name and then misses `markov_rank
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import GAMMA, READ_BY_SGLANG, Engine, sglang
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
+    draft_vocabulary,
     mask_token,
+    plain_tables,
     read_block,
     sequential_head,
 )
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
-from pipelines.exports.layouts.dspark import plain_tables
 from pipelines.exports.source import Source
 
 KINDS = ("dspark",)
@@ -30,10 +29,11 @@ ENGINES = (
 
 def config(source: Source) -> dict[str, Any]:
     """`config.json`."""
-    found = {
+    return {
         **layer_config(source, model_type="qwen3"),
         "architectures": ["DSparkDraftModel"],
         "block_size": block_size(source),
+        **draft_vocabulary(source),
         "num_target_layers": source.network.shape.target_layers,
         "dflash_config": {
             "projector_type": "dspark",
@@ -45,12 +45,9 @@ def config(source: Source) -> dict[str, Any]:
             **sequential_head(source),
         },
     }
-    return found | ({} if source.network.vocabulary is None else {"draft_vocab_size": source.head().shape[0]})
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """By the names of SpecForge's checkpoints."""
-    return block_tensors(source)
+tensors = block_tensors
 
 
 @reading

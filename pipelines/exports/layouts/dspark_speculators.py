@@ -3,19 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from inference.feature_drafts import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import LOADED_BY_VLLM, SERVED_BY_LLAMA_CPP, Engine, llama_cpp, vllm
 from pipelines.exports.layouts._block import (
     block_size,
     block_tensors,
-    first_reason,
     mask_token,
     read_block,
     sequential_head,
-    unnormed,
 )
 from pipelines.exports.layouts._shared import layer_config, read_files, reading
 from pipelines.exports.layouts._speculators import speculators_config
@@ -25,13 +21,9 @@ from pipelines.exports.source import Source
 KINDS = ("dspark",)
 
 
-def _vanilla(source: Source) -> str:
-    return first_reason(unnormed(source), vanilla(source))
-
-
 ENGINES = (
-    Engine("vllm", vllm("dspark", extra=', "draft_sample_method": "probabilistic"'), _vanilla, LOADED_BY_VLLM),
-    Engine("llama.cpp", llama_cpp("draft-dspark"), _vanilla, SERVED_BY_LLAMA_CPP),
+    Engine("vllm", vllm("dspark", extra=', "draft_sample_method": "probabilistic"'), vanilla, LOADED_BY_VLLM),
+    Engine("llama.cpp", llama_cpp("draft-dspark"), vanilla, SERVED_BY_LLAMA_CPP),
 )
 
 
@@ -50,9 +42,7 @@ def config(source: Source) -> dict[str, Any]:
     }
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """By the names of the speculators library."""
-    return block_tensors(source)
+tensors = block_tensors
 
 
 @reading

@@ -11,7 +11,7 @@ from inference.errors import InputError
 from inference.model import CausalModel
 from pipelines.exports.gguf_files import Converter, check_whole, present
 from pipelines.exports.layouts._shared import WEIGHTS_FILE
-from pipelines.exports.write import layouts_for, write_layout
+from pipelines.exports.write import Export, Served, converted_from, layouts_for, write_layout
 from tests.pipelines.exports.conftest import draft_for, source_of
 
 CONVERTER = """
@@ -84,3 +84,14 @@ def test_a_converter_that_fails_leaves_nothing(converter: Converter, exported: P
 
 def test_without_engines_there_is_no_converter(tmp_path: Path) -> None:
     assert present(tmp_path) is None
+
+
+def export(layout: str, *, refuses: str = "", folder: str = "x") -> Export:
+    return Export(layout, folder, 3, [Served("vllm", "serve", ""), Served("llama.cpp", "serve", refuses)])
+
+
+def test_only_a_format_that_llama_cpp_serves_is_converted() -> None:
+    reduced = export("dflash", refuses="it has no table of draft tokens")
+    other = Export("dflash_speculators", "y", 3, [Served("vllm", "serve", "")])
+    assert converted_from([reduced, other, export("eagle3", folder="")]) is None
+    assert converted_from([reduced, export("dspark")]) == export("dspark")
