@@ -199,9 +199,9 @@ def test_nothing_grows_with_the_number_of_requests(served: Live) -> None:
 
     # The test runner keeps every line that is logged, and Hydra's runs before this one leave the level at INFO.
     logging.disable(logging.CRITICAL)
-    some()
-    tracemalloc.start()
     try:
+        some()
+        tracemalloc.start()
         held = []
         for _ in range(4):
             some()
