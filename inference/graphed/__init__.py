@@ -1,0 +1,7 @@
+"""Rounds of fixed shapes, captured once and replayed: what a GPU needs, where a round run kernel by kernel is nearly
+all launches.
+
+`target` runs a target of lean layers over buffers of fixed size, `contexts` holds what a draft has read in such
+buffers, `rounds` makes a round of both (draft, verify, accept, read) and captures it, `decode` answers requests by
+replaying it. Without a GPU the same rounds run uncaptured, which is how tests compare them with `inference.decoder`.
+"""

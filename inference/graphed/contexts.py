@@ -1,0 +1,120 @@
+"""What a draft has read of each request, in buffers of a fixed size: `DraftContext` without a length that Python knows.
+
+Letters in shapes: B requests, C positions each may hold, S of them that a draft reads.
+"""
+
+import torch
+from torch import Tensor
+
+from inference.feature_networks._layers import DraftShape, KeysValues
+
+
+class StaticContext:
+    """Keys and values of B requests; their lengths lie on the device.
+
+    Args:
+        num_layers: of the draft whose keys and values are kept.
+        shape: of the draft.
+        batch: B.
+        capacity: C.
+        dtype: of the draft's states.
+        device: where they lie.
+
+    Attributes:
+        held: int64 `[B]`, positions of each request.
+        shown: S; set before a draft reads.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        shape: DraftShape,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        size = (batch, capacity, shape.kv_heads, shape.head_dim)
+        self._layers = [
+            (torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
+            for _ in range(num_layers)
+        ]
+        self._last = torch.zeros(batch, 1, shape.hidden, dtype=dtype, device=device)
+        self.held = torch.zeros(batch, dtype=torch.long, device=device)
+        self._columns = torch.arange(capacity, device=device)
+        self._capacity, self.shown = capacity, capacity
+        self._every = torch.arange(batch, device=device)
+        self._rows, self._kept, self._width, self._added = self._every, self.held, 0, 0
+
+    def reading(self, rows: Tensor, kept: Tensor, *, width: int) -> None:
+        """A network is about to read `width` tokens of each of these requests, of which the first `kept` count.
+
+        Args:
+            rows: int64 `[R]`.
+            kept: int64 `[R]`, at least 1.
+            width: tokens of each.
+        """
+        self._rows, self._kept, self._width = rows, kept, width
+
+    def read(self) -> None:
+        """The network has read them."""
+        self.held.index_add_(0, self._rows, self._kept)
+
+    def drafting(self) -> None:
+        """A network is about to draft for all requests."""
+        self._added = 0
+
+    # `DraftContext`
+
+    @property
+    def last(self) -> Tensor:
+        """See `DraftContext`."""
+        return self._last
+
+    def coming(self, count: int, device: torch.device) -> Tensor:
+        """See `DraftContext.coming`."""
+        return (self.held[self._rows][:, None] + self._columns[: self._width]).reshape(1, count)
+
+    def extend(self, context: KeysValues) -> None:
+        """See `DraftContext.extend`."""
+        places = self.held[self._rows][:, None] + self._columns[: self._width]
+        self._write(context, (self._rows[:, None] * self._capacity + places).flatten())
+
+    def keep_last(self, states: Tensor) -> None:
+        """See `DraftContext.keep_last`."""
+        ends = torch.arange(self._rows.shape[0], device=states.device) * self._width + self._kept - 1
+        self._last.index_copy_(0, self._rows, states[0, ends][:, None])
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """See `DraftContext.lengths`."""
+        return self.held
+
+    def keys_values(self) -> KeysValues:
+        """See `DraftContext.keys_values`."""
+        return [
+            (keys[:, : self.shown].transpose(1, 2), values[:, : self.shown].transpose(1, 2))
+            for keys, values in self._layers
+        ]
+
+    def mask(self) -> Tensor:
+        """See `DraftContext.mask`."""
+        return (self._columns[: self.shown] < (self.held + self._added)[:, None])[:, None, None]
+
+    def lengthen(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DraftContext.lengthen`."""
+        place = self._every * self._capacity + self.held + self._added
+        # Requests become the tokens of one row.
+        self._write([(keys.permute(2, 1, 0, 3), values.permute(2, 1, 0, 3))], place)
+        self._added += 1
+        return (*self.keys_values()[0], self.mask())
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._last.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self._layers)
+
+    def _write(self, states: KeysValues, flat: Tensor) -> None:
+        """Put states `[1, kv_heads, N, head_dim]` of each layer at N places of all requests' positions."""
+        for buffers, new in zip(self._layers, states, strict=True):
+            for buffer, one in zip(buffers, new, strict=True):
+                buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, one[0].transpose(0, 1).to(buffer.dtype))

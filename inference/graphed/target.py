@@ -1,0 +1,116 @@
+"""A target whose passes have fixed shapes: every request has a place in buffers as long as the longest may become.
+
+Letters in shapes: B requests, W tokens of each in a pass, C positions a request may hold, S of them that a pass reads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from inference.batch.ragged import check_ragged
+from inference.errors import InputError
+from inference.lean import lean_layers, rolled_tables
+from inference.model import CausalModel
+from inference.taps import EMBEDDING
+
+# Positions read are cut to multiples of this, which masked attention kernels want.
+ALIGNMENT = 64
+
+
+class StaticTarget:
+    """Passes of a target over requests in fixed places. What lies behind a request's length is never looked at.
+
+    Args:
+        target: of lean layers, on one device.
+        batch: B.
+        capacity: C; a multiple of `ALIGNMENT`.
+        taps: decoder layers whose outputs are wanted.
+
+    Attributes:
+        target: as given.
+        batch: as given.
+        capacity: as given.
+
+    Raises:
+        InputError: layers of another make, or positions that depend on other requests.
+    """
+
+    def __init__(self, target: CausalModel, *, batch: int, capacity: int, taps: Sequence[int] = ()) -> None:
+        check_ragged(target)
+        layers = lean_layers(target.model)
+        if layers is None or capacity % ALIGNMENT:
+            raise InputError(
+                "this target's layers cannot be captured", where="target", mend="decode without captured rounds"
+            )
+        self.target, self.batch, self.capacity, self.taps = target, batch, capacity, tuple(taps)
+        self._layers = layers
+        model, device = target.model, target.device
+        if device.type == "cuda":
+            for layer in layers:
+                layer.join_weights()
+        self._embedding = model.get_input_embeddings()
+        self._norm = model.base_model.norm
+        probe = self._embedding(torch.zeros(1, 1, dtype=torch.long, device=device))
+        self.dtype = probe.dtype
+        tables = rolled_tables(*model.base_model.rotary_emb(probe, torch.arange(capacity, device=device)[None]))
+        self._cosine, self._sine = (table[0].clone() for table in tables)
+        first = layers[0]
+        shape = (batch, capacity, first.kv_heads, first.head_dim)
+        self._keys = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers]
+        self._values = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers]
+        self._columns = torch.arange(capacity, device=device)
+        self._groups = first.heads // first.kv_heads
+
+    def run(self, ids: Tensor, starts: Tensor, rows: Tensor, *, shown: int) -> tuple[Tensor, Tensor]:
+        """Feed W tokens to each of R requests, at their own positions; later ones there are overwritten.
+
+        Args:
+            ids: int64 `[R, W]`.
+            starts: int64 `[R]`, positions before the tokens, at most C - W.
+            rows: int64 `[R]`, the requests.
+            shown: S, at least what any of them holds with these tokens.
+
+        Returns:
+            The head's inputs `[R, W, D]`, and features `[R, W, m * D]`, `[R, W, 0]` without taps.
+        """
+        count, width = ids.shape
+        positions = starts[:, None] + torch.arange(width, device=ids.device)
+        flat = (rows[:, None] * self.capacity + positions).flatten()
+        tables = self._cosine[positions], self._sine[positions]
+        # The queries of a group are further rows of one product: `[R, 1, groups * W, S]`.
+        seen = self._columns[:shown] <= positions[:, :, None]
+        mask = seen.repeat(1, self._groups, 1)[:, None]
+        whole = rows.shape[0] == self.batch
+        states: Tensor = self._embedding(ids)
+        tapped = {EMBEDDING: states}
+        for index, layer in enumerate(self._layers):
+
+            def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
+                held = []
+                for buffers, new in ((self._keys, key), (self._values, value)):
+                    buffer = buffers[index]
+                    buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, new.transpose(1, 2).flatten(0, 1))
+                    held.append((buffer if whole else buffer[rows])[:, :shown].transpose(1, 2))
+                stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
+                mixed = functional.scaled_dot_product_attention(
+                    stacked, held[0], held[1], attn_mask=mask, scale=self._layers[index].scaling
+                )
+                return mixed.reshape(query.shape).transpose(1, 2)
+
+            states = layer.run(states, tables, mix)
+            if index in self.taps:
+                tapped[index] = states
+        features = torch.cat([tapped[tap] for tap in self.taps], dim=-1) if self.taps else states[..., :0]
+        normed: Tensor = self._norm(states)
+        return normed, features
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[..., V]` of the head's inputs."""
+        logits: Tensor = self.target.head(states)
+        return logits
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(buffer.nbytes for buffer in (*self._keys, *self._values))

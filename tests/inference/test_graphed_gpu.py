@@ -1,0 +1,85 @@
+"""On a GPU: captured rounds are the uncaptured ones, compiled ones too, and the ordinary decoder's tokens."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from inference.attention import use_grouped_attention
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.rounds import Rounds
+from inference.lean import use_lean_layers
+from inference.model import CausalModel
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import explain_mismatch
+from tests.inference.families import family_model
+from tests.inference.test_feature_drafts import CONFIGS, network_for
+from tests.inference.test_graphed import plainly, prompt
+
+pytestmark = pytest.mark.gpu
+GREEDY = Request(settings=SamplingSettings(), max_new_tokens=40)
+SAMPLED = Request(settings=SamplingSettings(temperature=0.7), max_new_tokens=40)
+
+
+def model(dtype: torch.dtype, precision: str) -> CausalModel:
+    """A tiny model on the GPU."""
+    made = family_model("llama", max_position_embeddings=256).model.to("cuda", dtype)
+    use_grouped_attention(made)
+    use_lean_layers(made)
+    return CausalModel(made, precision=precision)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[CausalModel]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield model(torch.float32, "fp32")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["none", "eagle3", "dspark"])
+def test_captured_rounds_give_the_ordinary_decoders_tokens(exact: CausalModel, kind: str, compiled: bool) -> None:
+    network = None if kind == "none" else network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
+    if network is not None:
+        network.bind(exact)
+    block = 0 if network is None else network.block
+    decoder = GraphedDecoder(Rounds(exact, network, block=block, capacity=256, compiled=compiled))
+    for seed in (3, 4, 5):
+        tokens = prompt(20, seed=seed).cuda()
+        wanted = plainly(exact, network, tokens, GREEDY)
+        assert decoder.decode(tokens, request=GREEDY, seed=0).tokens == wanted.tokens
+
+
+def family_on_cpu() -> CausalModel:
+    return family_model("llama", max_position_embeddings=256)
+
+
+def test_one_seed_gives_one_sampled_answer(exact: CausalModel) -> None:
+    decoder = GraphedDecoder(Rounds(exact, None, block=0, capacity=256))
+    tokens = prompt(20).cuda()
+    first = decoder.decode(tokens, request=SAMPLED, seed=5).tokens
+    decoder.decode(prompt(30, seed=9).cuda(), request=GREEDY, seed=0)
+    assert decoder.decode(tokens, request=SAMPLED, seed=5).tokens == first
+    assert decoder.decode(tokens, request=SAMPLED, seed=6).tokens != first
+
+
+def test_half_precision_leaves_greedy_tokens_at_near_ties_alone() -> None:
+    target = model(torch.bfloat16, "bf16")
+    network = network_for(CONFIGS["eagle3"], family_on_cpu()).to("cuda", torch.bfloat16)
+    network.bind(target)
+    drafted = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    alone = GraphedDecoder(Rounds(target, None, block=0, capacity=256))
+    for seed in range(6):
+        tokens = prompt(20, seed=seed).cuda()
+        mine = drafted.decode(tokens, request=GREEDY, seed=0).tokens
+        reference = alone.decode(tokens, request=GREEDY, seed=0).tokens
+        mismatch = explain_mismatch(target, tokens, mine, reference, reference_precision="bf16")
+        assert mismatch is None or mismatch.near_tie
+
+
+def test_the_ordinary_decoder_runs_there(exact: CausalModel) -> None:
+    tokens = prompt(12).cuda()
+    wanted = plainly(exact, None, tokens, GREEDY).tokens
+    network = network_for(CONFIGS["eagle3"], family_on_cpu()).float().cuda()
+    network.bind(exact)
+    assert plainly(exact, network, tokens, GREEDY).tokens == wanted
