@@ -4,7 +4,6 @@ A drafter folder holds `draft.json` with a `kind`, and whatever that kind reads:
 folder. `load_drafter` looks the kind up among the modules of this package; a downloaded folder names no code.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.model import CausalModel
+from inference.pair_files import read_draft_spec
 from inference.plugins import plugin
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
-
-DRAFT_FILE = "draft.json"
+from inference.sampling_settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -141,24 +138,6 @@ class LoadContext:
     target: CausalModel
     precision: str
     device: torch.device
-
-
-def read_draft_spec(folder: Path) -> dict[str, object]:
-    """Read `draft.json`.
-
-    Raises:
-        InputError: it is missing or not a JSON object with a `kind`.
-    """
-    path = folder / DRAFT_FILE
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("no draft here", where=str(path), mend="point at a folder that holds draft.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"draft.json is not JSON: {error}", where=str(path), mend="publish the draft again") from None
-    if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
-        raise InputError("draft.json names no kind", where=str(path), mend="publish the draft again")
-    return spec
 
 
 def load_drafter(context: LoadContext) -> Drafter:

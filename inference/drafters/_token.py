@@ -6,7 +6,8 @@ import torch
 
 from inference.lookahead import Lookahead, Signals, Visible
 from inference.randomness import Source
-from inference.sampling import SamplingSettings, process_logits
+from inference.sampling import process_logits
+from inference.sampling_settings import SamplingSettings
 from inference.verification import without
 
 _WIDEST_MARGIN = 30.0

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from inference.drafters import Ask, LoadContext, Proposal
 from inference.drafters._token import draw_token, plain, row_signals
-from inference.feature_drafts import FeatureNetwork, Step
-from inference.feature_drafts._checkpoint import load_network
-from inference.feature_drafts._layers import DraftContext
+from inference.feature_networks import FeatureNetwork, PackedBatch, Step
+from inference.feature_networks._checkpoint import load_network
+from inference.feature_networks._layers import DraftContext
 from inference.lookahead import Lookahead, Signals, Visible
 from inference.precision import model_nbytes
+from inference.prescore.rehearsal import FixedResponse, Table
+from inference.prescore.rows import judged
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
+
+# Blocks that see each other's keys, and mask them, in one pass over a rehearsed response.
+_ANCHORS = 64
 
 
 class FeatureDrafter:
@@ -66,6 +71,33 @@ class FeatureDrafter:
         """See `Drafter.nbytes`; the target's embedding and head are borrowed and not counted."""
         return model_nbytes(self.network) + self._cache.nbytes()
 
+    @torch.inference_mode()
+    def rehearse(self, response: FixedResponse, *, longest: int) -> Table:
+        """See `Rehearses.rehearse`: the blocks of all anchors in few passes, as in training."""
+        length, block = response.num_tokens, min(longest, self.network.block)
+        chances = torch.zeros(length, block, dtype=torch.float64)
+        ranks = torch.full((length, block), -1) if response.settings.greedy else None
+        # A prompt of one token leaves nothing to read before the first round.
+        start = 1 if response.first == 1 else 0
+        for begin in range(start, length, _ANCHORS):
+            count = min(_ANCHORS, length - begin)
+            states = _teacher_forced(self.network, response, begin, count)
+            for slot in range(block):
+                there = min(count, length - begin - slot)
+                if there < 1:
+                    break
+                rows = judged(
+                    self.network.head(states[:there, slot]),
+                    response,
+                    start=begin + slot,
+                    vocabulary=self.network.vocabulary,
+                )
+                chances[begin : begin + there, slot] = rows.chances
+                if ranks is not None and rows.ranks is not None:
+                    ranks[begin : begin + there, slot] = rows.ranks
+        proposed = [block if anchor >= start else 0 for anchor in range(length)]
+        return Table(chances=chances, proposed=proposed, budget=response.budget, ranks=ranks)
+
     def _catch_up(self, context: Tensor) -> None:
         """Project the features that came since the last block."""
         if self._unread:
@@ -73,6 +105,22 @@ class FeatureDrafter:
             start = self._cache.length
             self.network.read(features, context[start + 1 : start + 1 + features.shape[0]], self._cache)
             self._unread.clear()
+
+
+def _teacher_forced(network: FeatureNetwork, response: FixedResponse, begin: int, count: int) -> Tensor:
+    """Slot states `[count, G, S]` of the blocks at anchors `begin`, `begin + 1`, ... of a response."""
+    parameter = next(network.parameters())
+    tokens = response.tokens[None, :-1].to(parameter.device)
+    anchors = torch.arange(count, device=parameter.device)[None] + (response.first + begin - 1)
+    batch = PackedBatch(
+        tokens=tokens,
+        segments=torch.zeros_like(tokens),
+        positions=torch.arange(tokens.shape[1], device=parameter.device)[None],
+        features=response.features_of(network.taps)[None].to(parameter.device, parameter.dtype),
+        anchors=anchors,
+        slots=torch.ones(1, count, network.block, dtype=torch.bool, device=parameter.device),
+    )
+    return network.slot_states(batch)[0]
 
 
 def propose_blocks(network: FeatureNetwork, cache: DraftContext, asks: Sequence[Ask]) -> list[Proposal]:

@@ -3,7 +3,6 @@
 Source: prompt look-up decoding (Saxena 2023); Yang et al. 2023, LLMA.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,25 +10,11 @@ import torch
 from inference.drafters import LoadContext, Proposal
 from inference.errors import InputError
 from inference.lookahead import Lookahead, Signals, Visible
-from inference.randomness import Source
-from inference.sampling import SamplingSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class LookupSettings:
-    """Which suffixes count as a match.
-
-    Attributes:
-        longest: longest suffix looked up, in tokens; longer suffixes are tried first.
-        shortest: shortest suffix looked up, in tokens.
-    """
-
-    longest: int = 4
-    shortest: int = 2
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.shortest <= self.longest:
-            raise ValueError(f"need 1 <= shortest <= longest, got {self.shortest} and {self.longest}")
+from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
+from inference.prescore.rehearsal import FixedResponse, Table
+from inference.randomness import Source, TorchSource
+from inference.sampling_settings import SamplingSettings
 
 
 class LookupDrafter:
@@ -86,6 +71,21 @@ class LookupDrafter:
     def nbytes(self) -> int:
         """See `Drafter.nbytes`; the index is a few bytes a token and counted as nothing."""
         return 0
+
+    def rehearse(self, response: FixedResponse, *, longest: int) -> Table:
+        """See `Rehearses.rehearse`. What was written before decides, so the anchors are gone through once."""
+        reader = LookupDrafter(self.settings)
+        reader.begin(response.context(0))
+        chances = torch.zeros(response.num_tokens, longest, dtype=torch.float64)
+        policy, unused, proposed = FixedLookahead(longest), TorchSource.seeded(0), []
+        for anchor in range(response.num_tokens):
+            proposal = reader.propose(
+                response.context(anchor), limit=longest, lookahead=policy, settings=response.settings, generator=unused
+            )
+            proposed.append(len(proposal))
+            came = response.answer[anchor : anchor + len(proposal)]
+            chances[anchor, : came.shape[0]] = (proposal.tokens[: came.shape[0]] == came).double()
+        return Table(chances=chances, proposed=proposed, budget=response.budget)
 
     def _matched(self, context: torch.Tensor) -> tuple[int, int] | None:
         """Read what was verified since the last time, learn from it, and match anew."""

@@ -4,6 +4,9 @@ A folder of this kind holds the other draft whole, in `draft/`. Which of the two
 drawn and from earlier rounds alone, so every block is one drafter's own and the verification rule needs no change.
 """
 
+import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,10 +15,15 @@ from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, lo
 from inference.drafters.lookup import LookupDrafter, lookup_settings
 from inference.errors import InputError
 from inference.lookahead import Lookahead
-from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
+from inference.prescore.rehearsal import Expected, FixedResponse, Rehearses, Table
+from inference.randomness import Source, TorchSource
+from inference.sampling_settings import SamplingSettings
 
 INNER_FOLDER = "draft"
+WALKS = 16
+"""Walks of a rehearsal above temperature 0."""
 
 
 class Turns:
@@ -112,10 +120,70 @@ class MixedDrafter:
         """See `Drafter.nbytes`."""
         return self.draft.nbytes()
 
+    def rehearse(self, response: FixedResponse, *, longest: int) -> "MixedRehearsal | None":
+        """See `Rehearses.rehearse`; None where the draft behind look-up has no table."""
+        table = self.draft.rehearse(response, longest=longest) if isinstance(self.draft, Rehearses) else None
+        if not isinstance(table, Table):
+            return None
+        return MixedRehearsal(self.lookup.settings, table, response, draft_tokens=self.draft_tokens)
+
 
 def draft_limit(limit: int, draft_tokens: int) -> int:
     """Longest block of the draft behind look-up, where `draft_tokens` of 0 is no bound of its own."""
     return min(limit, draft_tokens) if draft_tokens else limit
+
+
+class MixedRehearsal:
+    """Look-up and a draft on a fixed response: whose turn it is depends on how its rounds came out, so it is walked.
+
+    Exact at temperature 0. Above it, the mean over a fixed number of seeded walks whose rounds end by the draft's
+    chances: unbiased, not exact.
+
+    Args:
+        settings: of look-up.
+        table: of the draft.
+        response: what was written.
+        draft_tokens: see `MixedDrafter`.
+    """
+
+    def __init__(
+        self, settings: LookupSettings, table: Table, response: FixedResponse, *, draft_tokens: int = 0
+    ) -> None:
+        self.settings, self.table, self.response, self.draft_tokens = settings, table, response, draft_tokens
+
+    def expected(self, tokens: int, *, siblings: Sequence[int] = ()) -> Expected:
+        """See `Rehearsal.expected`."""
+        walks = 1 if self.response.settings.greedy else WALKS
+        rounds: Counter[int] = Counter()
+        for walk in range(walks):
+            rounds.update(self._walked(tokens, siblings, random.Random(walk)))
+        by_length = {length: count / walks for length, count in rounds.items()}
+        return Expected(self.response.num_tokens, sum(by_length.values()), by_length)
+
+    def _walked(self, tokens: int, siblings: Sequence[int], draw: random.Random) -> list[int]:
+        """Tokens proposed in each round of one walk."""
+        response, lookup = self.response, LookupDrafter(self.settings)
+        turns, policy, unused = Turns(lookup), FixedLookahead(tokens), TorchSource.seeded(0)
+        turns.begin(response.context(0))
+        anchor, found = 0, []
+        while anchor < response.num_tokens:
+            context = response.context(anchor)
+            if turns.of_lookup(context):
+                limit = min(tokens, response.budget - anchor - 1)
+                said = lookup.propose(
+                    context, limit=limit, lookahead=policy, settings=response.settings, generator=unused
+                ).tokens
+                came = response.answer[anchor : anchor + said.shape[0]]
+                written = 1 + int((said[: came.shape[0]] == came).long().cumprod(0).sum())
+                found.append(said.shape[0])
+            else:
+                longest = draft_limit(tokens, self.draft_tokens)
+                chances, ends = zip(*self.table.outcomes(anchor, longest, siblings), strict=True)
+                [written] = draw.choices(ends, weights=chances)
+                found.append(self.table.num_proposed(anchor, longest))
+                turns.drafted(found[-1], context)
+            anchor += written
+        return found
 
 
 class MixedFeatureDrafter(MixedDrafter):

@@ -8,8 +8,13 @@ from inference.drafters._token import draw_token
 from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Signals, Visible
 from inference.model import CausalModel
+from inference.prescore.rehearsal import FixedResponse, Table, table_of_rows
+from inference.prescore.rows import judged
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
+
+# Rows as wide as the vocabulary that exist at one time when a response is rehearsed.
+_ROWS = 128
 
 
 class ModelDrafter:
@@ -68,6 +73,25 @@ class ModelDrafter:
     def nbytes(self) -> int:
         """See `Drafter.nbytes`."""
         return self.model.nbytes() + self._cache.nbytes()
+
+    @torch.inference_mode()
+    def rehearse(self, response: FixedResponse, *, longest: int) -> Table:
+        """See `Rehearses.rehearse`. A row depends on the tokens before it alone: one reading gives every block's."""
+        room, first, length = self.model.context_limit, response.first, response.num_tokens
+        chances = torch.zeros(length, dtype=torch.float64)
+        ranks = torch.full((length,), -1) if response.settings.greedy else None
+        fed = response.tokens[: min(first + length - 1, room)].to(self.model.device)
+        cache = self.model.new_cache()
+        if 1 < first <= fed.shape[0]:
+            self.model.logits(fed[: first - 1], cache, num_rows=1)
+        for start in range(0, fed.shape[0] - first + 1, _ROWS):
+            piece = fed[first - 1 + start : first - 1 + start + _ROWS]
+            rows = judged(self.model.logits(piece, cache, num_rows=piece.shape[0]), response, start=start)
+            chances[start : start + piece.shape[0]] = rows.chances
+            if ranks is not None and rows.ranks is not None:
+                ranks[start : start + piece.shape[0]] = rows.ranks
+        proposed = [max(0, min(longest, room - (first + anchor) + 1)) for anchor in range(length)]
+        return table_of_rows(chances, ranks, proposed=proposed, budget=response.budget)
 
     @property
     def cache(self) -> RollbackCache:

@@ -4,8 +4,9 @@ import torch
 
 from inference.drafters import LoadContext, Proposal
 from inference.lookahead import Lookahead
+from inference.prescore.rehearsal import FixedResponse, Table
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 
 
 class NoDrafter:
@@ -30,6 +31,11 @@ class NoDrafter:
     def nbytes(self) -> int:
         """See `Drafter.nbytes`."""
         return 0
+
+    def rehearse(self, response: FixedResponse, *, longest: int) -> Table:
+        """See `Rehearses.rehearse`: a pass for every token."""
+        length = response.num_tokens
+        return Table(chances=torch.empty(length, 0, dtype=torch.float64), proposed=[0] * length, budget=response.budget)
 
 
 def load(spec: dict[str, object], context: LoadContext) -> NoDrafter:
