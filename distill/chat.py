@@ -10,13 +10,14 @@ target was conditioned on.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from inference.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -32,7 +33,7 @@ def messages_for(turns: Sequence[str], *, system: str | None = None) -> list[Mes
     return [*opening, {"role": "user", "content": turns[0]}]
 
 
-def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer: bool) -> str:
+def render_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, answer: bool) -> str:
     """Render messages as text; `answer` adds what opens the assistant's turn.
 
     Raises:
@@ -49,7 +50,7 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
         raise _refused(tokenizer, messages, error) from error
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Return the ids the target answers to: the messages, then what opens the assistant's turn.
 
     The template writes every special token itself, so the tokenizer adds none: there is never a second BOS.
@@ -61,7 +62,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def conversation_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
 ) -> tuple[list[int], list[bool]]:
     """Return the ids of a whole conversation, and which of them the assistant wrote.
 
@@ -85,7 +86,7 @@ def conversation_tokens(
 
 
 def follow_up(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, response_ids: Sequence[int], user: str
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, response_ids: Sequence[int], user: str
 ) -> list[int]:
     """Return the ids to append after the target's own response so that it can answer the next user turn.
 
@@ -114,7 +115,7 @@ def follow_up(
     return tail
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message] = ()) -> int | None:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message] = ()) -> int | None:
     """Return the token with which the template closes an assistant turn, or None if ordinary text closes it.
 
     Args:
@@ -126,7 +127,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message] 
     return _closing_token(tokenizer, text)
 
 
-def user_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> list[int]:
+def user_prefix(tokenizer: "PreTrainedTokenizerBase", *, system: str | None = None) -> list[int]:
     """Return the ids up to the point where the user's first words go: given these, a chat model writes a user's turn.
 
     Raises:
@@ -138,7 +139,7 @@ def user_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
     return [token for token, (_, end) in zip(ids, offsets, strict=True) if end <= cut]
 
 
-def template_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def template_markers(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     """Return texts that only the template writes: special tokens, and the marked lines around a turn's content.
 
     A text that holds one of them was not written inside one turn.
@@ -151,7 +152,7 @@ def template_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted(marked | added | set(tokenizer.all_special_tokens)))
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",
@@ -161,7 +162,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template())
 
 
-def _refused(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error: Exception) -> InputError:
+def _refused(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], error: Exception) -> InputError:
     roles = ", ".join(message["role"] for message in messages)
     return InputError(
         f"the chat template refuses a conversation with roles {roles} ({error})",
@@ -170,7 +171,7 @@ def _refused(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], er
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return ids [T] and, for each, the half-open range of characters of `text` it stands for."""
     if not tokenizer.is_fast:
         raise InputError(
@@ -182,7 +183,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _find(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _find(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return where the sentinel starts.
 
     Raises:
@@ -197,7 +198,7 @@ def _find(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return text.index(SENTINEL)
 
 
-def _ids_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Return the ids of what the template writes behind the sentinel, tokenized in place.
 
     Tokenized together with what is before it, because some tokenizers put a space in front of any text.
@@ -213,14 +214,14 @@ def _ids_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [token for token, (start, end) in zip(ids, offsets, strict=True) if start >= cut and end > cut]
 
 
-def _closing_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+def _closing_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:
     """Return the token right behind the sentinel if it is a marker of its own in the vocabulary, not ordinary text."""
     ids = _ids_after(tokenizer, text)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the rendered conversation and the half-open character ranges the assistant wrote."""
     template = _template(tokenizer)
@@ -236,13 +237,15 @@ def _assistant_spans(
 
 
 def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, template: str
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, template: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """Let the template mark the assistant's characters itself.
 
     Rendered by transformers' own function rather than through `return_assistant_tokens_mask`, which marks only the
     first token of a last character that takes several (an emoji in a byte-level vocabulary).
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     render: Any = render_jinja_template  # annotated as if it returned only the text
     try:
         texts, spans = render(
@@ -253,7 +256,7 @@ def _marked_spans(
     return str(texts[0]), [(int(begin), int(stop)) for begin, stop in spans[0]]
 
 
-def _difference(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, text: str) -> tuple[int, int]:
+def _difference(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, text: str) -> tuple[int, int]:
     """Return which characters of `text` are the last of `messages`, an assistant's: content and end-of-turn token."""
     before = render_text(tokenizer, messages[:-1], answer=True)
     through = render_text(tokenizer, messages, answer=False)

@@ -21,7 +21,7 @@ from distill.distillation import LossSums
 from distill.objectives import Objective, reads_labels
 from distill.order import Order
 from distill.selection import select
-from inference.feature_drafts import FeatureNetwork, PackedBatch
+from inference.feature_networks import FeatureNetwork, PackedBatch
 from inference.model import CausalModel
 
 FeaturesOf = Callable[[Conversation], Tensor]

@@ -20,7 +20,7 @@ from inference.errors import InputError
 from inference.generation import generate_batch
 from inference.layers import decoder_layers
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

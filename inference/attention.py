@@ -50,6 +50,12 @@ def grouped_attention(
         options: what else transformers hands to an attention function.
     """
     special = any(options.get(name) is not None for name in _SPECIAL)
+    if attention_mask is None and not special and not dropout and query.device.type == "cpu" and query.shape[2] == 1:
+        if query.dtype == torch.float32 or query.shape[1] == key.shape[1]:
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
+            )
+            return mixed.transpose(1, 2), None
     if not special and not dropout and query.device.type == "cpu" and query.shape[1] > key.shape[1]:
         batch, _, count, _ = query.shape
         if query.dtype in (torch.bfloat16, torch.float16):

@@ -12,10 +12,10 @@ import torch
 from inference.drafters import Ask, Drafter
 from inference.drafters.feature import FeatureDrafter, propose_blocks
 from inference.drafters.mixed import MixedDrafter
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.lookahead.fixed import FixedLookahead
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 
 PARTS = ("read", "block", "slots", "draw")
 _CONTEXT_TOKENS = 128

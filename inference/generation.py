@@ -12,7 +12,8 @@ import torch
 from inference.decoder import check_prompt_length
 from inference.model import CausalModel
 from inference.randomness import draw
-from inference.sampling import SamplingSettings, process_logits
+from inference.sampling import process_logits
+from inference.sampling_settings import SamplingSettings
 
 _COMPACT_BELOW = 0.75
 

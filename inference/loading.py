@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from inference.attention import use_grouped_attention
 from inference.errors import InputError, first_line
 from inference.layers import drop_layers, keep_layers
+from inference.lean import use_lean_layers
 from inference.model import CausalModel
 from inference.precision import apply_precision, storage_dtype
 from inference.processes import is_loss
@@ -65,6 +66,8 @@ def load_causal_model(
     elif device.type == "cpu":
         _leave_unpacked(model)
     use_grouped_attention(model)
+    if quantization is None:
+        use_lean_layers(model)
     return CausalModel(model, folder=folder, precision=precision)
 
 

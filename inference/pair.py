@@ -7,7 +7,6 @@
 `pair.json` names kinds, never code. The target it was made for is checked by digest before anything is decoded.
 """
 
-import json
 import logging
 import uuid
 from collections.abc import Callable
@@ -17,28 +16,25 @@ from typing import Any
 
 import torch
 
-from inference.decoder import Decoded, Request, decode
+from inference.decoder import decode
 from inference.device_profile import device_name, device_profile, library_versions
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.errors import InputError
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
+from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, read_pair
 from inference.parallel import load_target
 from inference.plugins import plugin
 from inference.precision import available_precisions
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import TargetConfig, stop_tokens, target_digest
 from inference.text_stream import TextStream
 from inference.traffic import TrafficLog, as_messages, pair_label, record_from
 
 logger = logging.getLogger(__name__)
-
-PAIR_FILE = "pair.json"
-SCHEMA_VERSION = 1
-DEFAULT_CACHE = Path("~/.cache/dspark")
-_KEYS = {"target": {"path", "revision", "digest", "attention"}, "draft": set(), "decoding": {"precision", "lookahead"}}
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Pair:
             prompt: a user's message, or messages with `role` and `content`.
             temperature: 0 is greedy.
             max_new_tokens: longest answer.
-            top_k: see `inference.sampling.SamplingSettings`.
+            top_k: see `inference.sampling_settings.SamplingSettings`.
             top_p: likewise.
             repetition_penalty: likewise.
             seed: fixes a sampled answer.
@@ -188,35 +184,6 @@ class _TextStream:
     def _show(self, piece: str) -> None:
         if piece:
             self._on_text(piece)
-
-
-def read_pair(folder: Path) -> dict[str, Any]:
-    """Read and check `pair.json`.
-
-    Raises:
-        InputError: it is missing, malformed, or of a newer schema.
-    """
-    path = folder / PAIR_FILE
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            "no pair here", where=str(path), mend="point at a registry version, such as .../champion"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"pair.json is not JSON: {error}", where=str(path), mend="publish the pair again") from None
-    if not isinstance(info, dict) or "schema_version" not in info:
-        raise InputError("pair.json lacks keys of a pair", where=str(path), mend="publish the pair again")
-    if info["schema_version"] != SCHEMA_VERSION:
-        raise InputError(
-            f"pair.json has schema {info['schema_version']}, this code reads {SCHEMA_VERSION}",
-            where=str(path),
-            mend="use a matching version of dspark",
-        )
-    for part, keys in _KEYS.items():
-        if not isinstance(info.get(part), dict) or not keys <= info[part].keys():
-            raise InputError(f"pair.json lacks keys under {part!r}", where=str(path), mend="publish the pair again")
-    return info
 
 
 def load_pair(

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from inference.precisions import PRECISIONS
 from inference.processes import num_processes
 
-PRECISIONS = ("fp32", "fp32_packed", "bf16", "bf16_packed", "fp16_packed", "packed_by_rows", "fp16")
 _STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
 # oneDNN's bf16 kernels take about as long for one row as for eight, FBGEMM's grow row by row; they cross at nine or so.

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from inference.decoder import Decoded
+from inference.request import Decoded
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Record:
         accepted: by position, rounds in which it stood.
         siblings: by position and rank, rounds in which a sibling stood in its place.
         blocks: by block length, rounds.
-        seconds: by part (`inference.decoder.PARTS`).
+        seconds: by part (`inference.request.PARTS`).
         draft_bytes: weights and caches of the draft.
         target_bytes: weights of the target and its cache.
         digest: first 16 hex of the sha256 of the emitted token ids.

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.decoder import PARTS
 from inference.records import Record
+from inference.request import PARTS
 
 BASELINE = "none"
 OVERALL = "overall"

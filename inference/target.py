@@ -5,15 +5,15 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from inference.embedded import embedded_target
 from inference.errors import InputError
-from inference.loading import check_model_folder
-from inference.model import CausalModel
-from inference.parallel import load_target
-from inference.precision import PRECISIONS
+from inference.precisions import PRECISIONS
+
+if TYPE_CHECKING:
+    import torch
+
+    from inference.model import CausalModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class TargetConfig:
         path: `embedded`, a folder, or a Hugging Face model id.
         revision: branch, tag or commit of a Hugging Face id; empty for its default.
         device: `auto`, `cpu`, `cuda` or `cuda:N`; auto takes the GPU when there is one.
-        precision: `auto` for the device profile's choice, or one of `inference.precision.PRECISIONS`.
+        precision: `auto` for the device profile's choice, or one of `inference.precisions.PRECISIONS`.
         attention: transformers' attention implementation.
         teacher_precision: of the target while drafts are trained: `fp32`, `bf16`, or `nf4` or `int8` (bitsandbytes)
             where memory is short. What a draft learns is then what that copy says.
@@ -58,12 +58,14 @@ class TargetConfig:
         if self.spread_teacher and self.teacher_precision in PACKED_FORMATS:
             raise ValueError("target.spread_teacher spreads fp32 or bf16 weights, not those of bitsandbytes")
 
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """The device asked for.
 
         Raises:
             InputError: it does not exist here.
         """
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         unknown = InputError(f"no device {self.device!r}", where="target.device", mend="use auto, cpu or cuda")
@@ -83,6 +85,9 @@ class TargetConfig:
         Raises:
             InputError: it cannot be had or is no whole model.
         """
+        from inference.embedded import embedded_target
+        from inference.loading import check_model_folder
+
         if self.path == EMBEDDED:
             folder = embedded_target(cache)
         elif Path(self.path).is_dir():
@@ -92,8 +97,10 @@ class TargetConfig:
         check_model_folder(folder)
         return folder
 
-    def load(self, cache: Path, *, precision: str) -> CausalModel:
+    def load(self, cache: Path, *, precision: str) -> "CausalModel":
         """The target in one arithmetic, spread over the processes of this run if it has several."""
+        from inference.parallel import load_target
+
         return load_target(
             self.folder(cache), precision=precision, device=self.torch_device(), attention=self.attention
         )
@@ -111,7 +118,7 @@ def target_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def stop_tokens(model: CausalModel) -> frozenset[int]:
+def stop_tokens(model: "CausalModel") -> frozenset[int]:
     """Tokens that end a response: those of the generation configuration and the tokenizer's end token."""
     found = {model.tokenizer.eos_token_id}
     configured = model.model.generation_config.eos_token_id

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": 'decode with a published pair: dspark generate --pair FOLDER "prompt"',
     "pairs": "published pairs: list, show, diff, verify, gc, rollback, export, import: dspark pairs --help",
     "engines": "load a published pair's exports in serving engines, and compare: dspark engines --help",
+    "bench": "ratios against what anyone could run instead, measured on this machine: dspark bench --help",
     "report": "the report of a published version as one HTML file: dspark report --help",
     "serve": "answer OpenAI-compatible requests with a published pair: dspark serve --help",
 }
@@ -47,6 +48,7 @@ OWN_WORDS = {
     "traffic": "pipelines.traffic_import",
     "pairs": "pipelines.pairs.command",
     "engines": "pipelines.engines.command",
+    "bench": "pipelines.bench.command",
     "report": "pipelines.version_report.command",
     "serve": "pipelines.server.command",
 }
@@ -70,6 +72,7 @@ usage: dspark [stage] [group=choice] [key=value] ... [-m]
        dspark traffic show|import ...
        dspark pairs list|show|diff|verify|gc|rollback|export|import ...
        dspark engines FOLDER [--engine NAME] ...
+       dspark bench [--rows A,B] [--out DIR] ...
        dspark report FOLDER [--out FILE] [--png DIR] [--price-per-hour X] [--load FOLDER]
        dspark serve --pair FOLDER [--port N] ...
        dspark launch [--processes N] [--nodes N ...] [stage] [words] ...

@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from train.precision import PRECISIONS
 from train.schedule import SCHEDULES
 
 # Settings that do not change the weights a run ends with; a run may be resumed with others.
 _FREE = ("checkpoint_every_steps", "keep_checkpoints", "engine", "zero_stage", "offload", "profile_steps")
 ENGINES = ("plain", "deepspeed")
+PRECISIONS = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer", "all")
 
 

@@ -450,7 +450,6 @@ class _Run:
             best_value=self.best[1] if self.best else None,
             resumed_step=self.resumed_step,
             step_seconds=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
-            peak_memory_bytes=throughput.peak_memory_bytes(self.device),
         )
 
 

@@ -5,8 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-PRECISIONS = ("fp32", "bf16")
-
 
 def arithmetic(precision: str, *, device: torch.device) -> AbstractContextManager[object]:
     """Return the context the forward pass runs in: autocast to bf16, or nothing for fp32."""

@@ -42,8 +42,6 @@ class FitResult:
         resumed_step: the step this call went on from (0 = it started afresh).
         step_seconds: median seconds of a step of this call, without logging, evaluation and checkpoints; of few steps
             the first is among them.
-        peak_memory_bytes: most memory this process has held: on a GPU what torch allocated there, else what was
-            resident.
     """
 
     steps: int
@@ -56,4 +54,3 @@ class FitResult:
     best_value: float | None
     resumed_step: int
     step_seconds: float
-    peak_memory_bytes: int

@@ -6,13 +6,13 @@ and the backward pass is taken for twice that; the peak is measured on this devi
 
 import functools
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from train.memory import device_peak, resident_peak
 
 _LOG = logging.getLogger(__name__)
 _TRAINING_OVER_FORWARD = 3.0
@@ -48,7 +48,7 @@ class Usage:
         usage = {
             "tokens_per_s": self._tokens / seconds,
             "mfu": rate / peak_flops(self._device, self._precision),
-            "memory_gib": peak_memory_bytes(self._device) / 2**30,
+            "memory_gib": (device_peak() if self._device.type == "cuda" else resident_peak()) / 2**30,
         }
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
         return usage
@@ -79,11 +79,3 @@ def peak_flops(device: torch.device, precision: str) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: on a GPU what torch allocated there, else what was resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

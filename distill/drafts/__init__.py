@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from inference.pair_files import DRAFT_FILE
 
-from distill.on_policy import OnPolicy
-from inference.drafters import DRAFT_FILE
-from inference.loading import quiet_transformers
-from inference.model import CausalModel
+if TYPE_CHECKING:
+    import torch
+
+    from distill.on_policy import OnPolicy
+    from inference.model import CausalModel
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _FORWARD = 1.0 / 3.0
@@ -41,7 +43,7 @@ class DraftContext:
 
     target_folder: Path
     folder: Path
-    device: torch.device
+    device: "torch.device"
     num_target_layers: int
     other: Path | None = None
 
@@ -55,7 +57,7 @@ class Student:
         save: writes the trained weights, configuration and `draft.json` into a folder.
     """
 
-    model: CausalModel
+    model: "CausalModel"
     save: Callable[[Path], None]
 
 
@@ -94,12 +96,14 @@ class TrainedConfig:
     training_overhead = 1.8
     """Time of a step over that of its products: attention, losses, evaluation. From runs on two CPUs."""
 
-    def on_policy(self, stop_tokens: frozenset[int]) -> OnPolicy | None:
+    def on_policy(self, stop_tokens: frozenset[int]) -> "OnPolicy | None":
         """What the student writes itself, if anything.
 
         Args:
             stop_tokens: the target's; each ends an answer.
         """
+        from distill.on_policy import OnPolicy
+
         if self.on_policy_share == 0.0:
             return None
         return OnPolicy(
@@ -176,8 +180,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def save_model(model: CausalModel, folder: Path, *, tokenizer_from: Path) -> None:
+def save_model(model: "CausalModel", folder: Path, *, tokenizer_from: Path) -> None:
     """Save a student's weights as bf16 safetensors with its configuration, tokenizer and `draft.json`."""
+    import torch
+
+    from inference.loading import quiet_transformers
+
     # Tied weights are one tensor and stay one, or the file would hold the embedding twice.
     halved: dict[int, torch.Tensor] = {}
     state = {

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from distill.drafts import DraftContext, write_spec
-from inference.drafters.lookup import LookupSettings
+from inference.lookup_settings import LookupSettings
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Which suffixes count as a match; see `inference.drafters.lookup.LookupSettings`.
+    """Which suffixes count as a match; see `inference.lookup_settings.LookupSettings`.
 
     Attributes:
         kind: this kind.

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.drafts import DraftContext
-from inference.drafters import DRAFT_FILE, read_draft_spec
 from inference.errors import InputError
-from inference.feature_drafts._checkpoint import misfit
+from inference.pair_files import DRAFT_FILE, read_draft_spec
 
 
 @dataclass(kw_only=True)
@@ -32,6 +31,8 @@ class Config:
             return ""
         if not self.path or not (self._folder() / DRAFT_FILE).is_file():
             return "it is not there"
+        from inference.feature_networks._checkpoint import misfit
+
         return misfit(self._folder(), target_folder)
 
     def write(self, context: DraftContext) -> None:

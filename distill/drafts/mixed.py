@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.drafts import DraftContext, write_spec
-from inference.drafters.lookup import LookupSettings
-from inference.drafters.mixed import INNER_FOLDER
+from inference.lookup_settings import LookupSettings
 
 
 @dataclass(kw_only=True)
@@ -39,6 +38,8 @@ class Config:
 
     def write(self, context: DraftContext) -> None:
         """Write `draft.json` and, beside it, a copy of the other draft."""
+        from inference.drafters.mixed import INNER_FOLDER
+
         assert context.other is not None, "the build stage makes the other draft first"
         shutil.copytree(context.other, context.folder / INNER_FOLDER, dirs_exist_ok=True)
         settings = {"longest": self.longest, "shortest": self.shortest, "draft_tokens": self.draft_tokens}

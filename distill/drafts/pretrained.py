@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from distill.drafts import DraftContext, Student, TrainedConfig, save_model
 from inference.errors import InputError
-from inference.loading import load_causal_model
-from inference.model import CausalModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from inference.model import CausalModel
 
 _ADAPTERS = ("none", "lora", "qlora")
 _PROBED_TOKENS = 32
@@ -29,17 +30,19 @@ def _newer_transformers() -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def _probed(model: torch.nn.Module) -> torch.Tensor:
+def _probed(model: "torch.nn.Module") -> "torch.Tensor":
     """Logits `[T, V]` of some tokens, without dropout."""
+    import torch
+
     model.eval()
     config: Any = model.config
     tokens = torch.arange(_PROBED_TOKENS, device=next(model.parameters()).device) % config.vocab_size
-    logits: torch.Tensor = model(input_ids=tokens[None]).logits[0]
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tokens[None]).logits[0]
     return logits
 
 
-def _check_merged(before: torch.Tensor, after: torch.Tensor, *, where: Path) -> None:
+def _check_merged(before: "torch.Tensor", after: "torch.Tensor", *, where: Path) -> None:
     """Refuse a merge that changed what the model says.
 
     Raises:
@@ -93,6 +96,8 @@ class Config(TrainedConfig):
         Raises:
             InputError: no path, no such folder, or a broken checkpoint.
         """
+        from inference.loading import load_causal_model
+
         if not self.path:
             raise InputError(
                 "a pretrained draft needs a checkpoint", where="draft.pretrained.path", mend="set it to a model folder"
@@ -111,9 +116,12 @@ class Config(TrainedConfig):
 
         return Student(model, save)
 
-    def _adapted(self, base: Path, context: DraftContext) -> CausalModel:
+    def _adapted(self, base: Path, context: DraftContext) -> "CausalModel":
         """The checkpoint, frozen (in NF4 for QLoRA), with trainable adapters on its linear layers."""
+        import torch
         from peft import LoraConfig, TaskType, get_peft_model
+
+        from inference.loading import load_causal_model
 
         quantization: Any = None
         if self.adapter == "qlora":
@@ -134,13 +142,16 @@ class Config(TrainedConfig):
             self._peft: Any = get_peft_model(model.model, config)
         return model
 
-    def _save_merged(self, model: CausalModel, base: Path, folder: Path, context: DraftContext) -> None:
+    def _save_merged(self, model: "CausalModel", base: Path, folder: Path, context: DraftContext) -> None:
         """Merge adapters into the full-precision checkpoint, whatever they were trained on.
 
         Raises:
             InputError: the merged model says something else than checkpoint and adapters, each by itself.
         """
         from peft import PeftModel
+
+        from inference.loading import load_causal_model
+        from inference.model import CausalModel
 
         adapter = folder / ".adapter"
         self._peft.save_pretrained(adapter, safe_serialization=True)

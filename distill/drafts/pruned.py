@@ -8,8 +8,6 @@ from pathlib import Path
 
 from distill.drafts import DraftContext, Student, TrainedConfig, save_model
 from inference.errors import InputError
-from inference.layers import evenly_kept_layers
-from inference.loading import load_causal_model
 
 
 @dataclass(kw_only=True)
@@ -39,6 +37,9 @@ class Config(TrainedConfig):
         Raises:
             InputError: more layers than the target has.
         """
+        from inference.layers import evenly_kept_layers
+        from inference.loading import load_causal_model
+
         if self.layers > context.num_target_layers:
             raise InputError(
                 f"cannot keep {self.layers} of {context.num_target_layers} layers",

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from distill.drafts import DraftContext, write_spec
-from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
-from inference.layers import evenly_kept_layers
 
 
 @dataclass(kw_only=True)
@@ -37,6 +35,9 @@ class Config:
             InputError: more layers than the target has, or bitsandbytes is missing.
         """
         import torch
+
+        from inference.drafters.quantized import quantization_config
+        from inference.layers import evenly_kept_layers
 
         quantization_config(self.format, compute_dtype=torch.float32)
         kept = None

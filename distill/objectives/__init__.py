@@ -7,12 +7,12 @@ use bare p and q in opposite senses. In formulas p_t is the target's distributio
 Example: `Config(beta=0.3).build()(draft_logits, target_logits, labels)` with `Config` of `distill.objectives.jsd`.
 """
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from distill.objectives._teacher import loss_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Objective(Protocol):
@@ -20,11 +20,11 @@ class Objective(Protocol):
 
     def __call__(
         self,
-        draft_logits: Tensor,  # shape: [N, V], carries the gradient
-        target_logits: Tensor,  # shape: [N, V], never differentiated
-        labels: Tensor,  # shape: [N], int64: the token that was really written at each position
+        draft_logits: "Tensor",  # shape: [N, V], carries the gradient
+        target_logits: "Tensor",  # shape: [N, V], never differentiated
+        labels: "Tensor",  # shape: [N], int64: the token that was really written at each position
         /,
-    ) -> Tensor:
+    ) -> "Tensor":
         """Return the loss of each position, shape [N], fp32 (fp64 for fp64 logits)."""
         ...
 
@@ -34,11 +34,10 @@ def reads_labels(objective: Objective) -> bool:
     return bool(getattr(objective, "reads_labels", False))
 
 
-@torch.no_grad()
 def acceptance(
-    draft_logits: Tensor,  # shape: [N, V]
-    target_logits: Tensor,  # shape: [N, V]
-) -> Tensor:
+    draft_logits: "Tensor",  # shape: [N, V]
+    target_logits: "Tensor",  # shape: [N, V]
+) -> "Tensor":
     """Chance that a token sampled from the draft is accepted: sum_v min(p_t(v), p_d(v)) = 1 - TV(p_t, p_d).
 
     Speculative sampling accepts with exactly this probability at temperature 1 (Leviathan et al. 2023, arXiv
@@ -48,9 +47,9 @@ def acceptance(
         Shape [N], fp32 (fp64 for fp64 logits), without a gradient.
     """
     draft_probs, target_probs = (
-        torch.softmax(logits, dim=-1, dtype=loss_dtype(logits)) for logits in (draft_logits, target_logits)
+        logits.detach().softmax(dim=-1, dtype=loss_dtype(logits)) for logits in (draft_logits, target_logits)
     )
-    return torch.minimum(draft_probs, target_probs).sum(-1)
+    return draft_probs.minimum(target_probs).sum(-1)
 
 
 __all__ = ["Objective", "acceptance", "reads_labels"]

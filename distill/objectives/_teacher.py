@@ -6,33 +6,36 @@ and no gradient has to be patched afterwards.
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
-def loss_dtype(logits: Tensor) -> torch.dtype:
+def loss_dtype(logits: "Tensor") -> "torch.dtype":
     """Return the precision losses are computed in: fp64 for fp64 logits, else fp32."""
+    import torch
+
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def draft_log_probs(
-    draft_logits: Tensor,  # shape: [N, V]
+    draft_logits: "Tensor",  # shape: [N, V]
     *,
     temperature: float = 1.0,
-) -> Tensor:
+) -> "Tensor":
     """Return log softmax(draft_logits / temperature), shape [N, V], fp32 (fp64 for fp64 logits), with its gradient."""
     logits = draft_logits.to(loss_dtype(draft_logits))
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)
 
 
-@torch.no_grad()
 def target_log_probs(
-    target_logits: Tensor,  # shape: [N, V]
+    target_logits: "Tensor",  # shape: [N, V]
     *,
     temperature: float = 1.0,
     top_k: int = 0,
-) -> Tensor:
+) -> "Tensor":
     """Return the target's log-probabilities, shape [N, V], fp32 (fp64 for fp64 logits), without a gradient.
 
     Args:
@@ -40,7 +43,9 @@ def target_log_probs(
         temperature: the logits are divided by it first.
         top_k: keep only this many most likely tokens and renormalise; 0 keeps the whole vocabulary.
     """
-    logits = target_logits.to(loss_dtype(target_logits))
+    import torch
+
+    logits = target_logits.detach().to(loss_dtype(target_logits))
     if temperature != 1.0:
         logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

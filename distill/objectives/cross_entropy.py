@@ -5,12 +5,13 @@ with more noise. Source: sequence-level distillation (Kim and Rush 2016, arXiv 1
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from distill.objectives import Objective
 from distill.objectives._teacher import draft_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class CrossEntropy:
 
     reads_labels: ClassVar[bool] = True
 
-    def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
+    def __call__(self, draft_logits: "Tensor", target_logits: "Tensor", labels: "Tensor", /) -> "Tensor":
         """Return the loss of each position, shape [N]; target logits are not used."""
         return -draft_log_probs(draft_logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 

@@ -7,11 +7,13 @@ keeps single surprising tokens from dominating a batch.
 """
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distill.objectives import Objective, _divergences
 from distill.objectives._teacher import check_options, draft_log_probs, target_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class JSD:
     temperature: float
     target_top_k: int
 
-    def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
+    def __call__(self, draft_logits: "Tensor", target_logits: "Tensor", labels: "Tensor", /) -> "Tensor":
         """Return the loss of each position, shape [N]; labels are not used."""
         return _divergences.jsd(
             draft_log_probs(draft_logits, temperature=self.temperature),

@@ -9,12 +9,13 @@ Source: LK losses (arXiv 2602.23881). Some code takes lambda from the batch mean
 """
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distill.objectives import Objective, _divergences
 from distill.objectives._teacher import check_options, draft_log_probs, target_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODES = ("alpha", "hybrid")
 
@@ -28,14 +29,14 @@ class LK:
     temperature: float
     target_top_k: int
 
-    def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
+    def __call__(self, draft_logits: "Tensor", target_logits: "Tensor", labels: "Tensor", /) -> "Tensor":
         """Return the loss of each position, shape [N]; labels are not used."""
         draft = draft_log_probs(draft_logits, temperature=self.temperature)
         target = target_log_probs(target_logits, temperature=self.temperature, top_k=self.target_top_k)
         if self.mode == "alpha":
             return -_divergences.log_acceptance(draft, target)
         variation = _divergences.total_variation(draft, target)
-        share = torch.exp(-self.eta * (1.0 - variation.detach()))  # shape: [N], lambda
+        share = (-self.eta * (1.0 - variation.detach())).exp()  # shape: [N], lambda
         return share * _divergences.forward_kl(draft, target) + (1.0 - share) * variation
 
 

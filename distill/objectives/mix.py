@@ -7,13 +7,13 @@ total variation.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from distill.objectives import Objective, reads_labels
 from inference.plugins import plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Mix:
         """Whether any part does."""
         return any(reads_labels(objective) for _, objective in self.parts)
 
-    def __call__(self, draft_logits: Tensor, target_logits: Tensor, labels: Tensor, /) -> Tensor:
+    def __call__(self, draft_logits: "Tensor", target_logits: "Tensor", labels: "Tensor", /) -> "Tensor":
         """Return the loss of each position, shape [N]."""
+        import torch
+
         losses = [weight * objective(draft_logits, target_logits, labels) for weight, objective in self.parts]
         return torch.stack(losses).sum(0)
 

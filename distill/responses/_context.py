@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from distill.corpus import Sample
 from distill.prompts import Prompt
-from inference.model import CausalModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from distill.corpus import Sample
+    from inference.model import CausalModel
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class AnswerContext:
         taps: target layers whose features are kept along with the tokens; none for none.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     stop_tokens: frozenset[int]
-    model: CausalModel | None
+    model: "CausalModel | None"
     taps: Sequence[int] = ()
 
 
@@ -34,11 +37,15 @@ def sample_of(
     split: str,
     ids: Sequence[int],
     mask: Sequence[bool],
-    states: torch.Tensor | None,
+    states: "torch.Tensor | None",
     text: str,
-    features: torch.Tensor | None = None,
-) -> Sample:
+    features: "torch.Tensor | None" = None,
+) -> "Sample":
     """A corpus sample out of lists; see `distill.corpus.Sample`."""
+    import torch
+
+    from distill.corpus import Sample
+
     return Sample(
         id=prompt.id,
         domain=prompt.domain,

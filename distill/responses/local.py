@@ -1,16 +1,19 @@
 """The target answers in this process: batched, sorted by length, sampled from its own distribution."""
 
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from distill.chat import end_of_turn, follow_up, messages_for, render_prompt
-from distill.corpus import Sample
 from distill.prompts import Prompt
 from distill.responses._context import AnswerContext, sample_of
-from inference.features import default_taps
-from inference.generation import Response, generate_batch
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
+from inference.taps import default_taps
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.corpus import Sample
+    from inference.generation import Response
 
 
 @dataclass(kw_only=True)
@@ -20,8 +23,8 @@ class Config:
     Attributes:
         kind: this generator.
         temperature: 0 is greedy.
-        top_k: see `inference.sampling.SamplingSettings`.
-        top_p: see `inference.sampling.SamplingSettings`.
+        top_k: see `inference.sampling_settings.SamplingSettings`.
+        top_p: see `inference.sampling_settings.SamplingSettings`.
         max_new_tokens: longest response of one turn, in tokens.
         batch_size: conversations answered together, which is also one shard.
         keep_states: keep the states that predicted each token, so that training need not run the target again.
@@ -69,7 +72,7 @@ class Config:
         """Whether `answer` runs the target in this process."""
         return True
 
-    def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> list[Sample]:
+    def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> "list[Sample]":
         """Answer a batch of prompts turn by turn, keeping the very ids the target wrote.
 
         Args:
@@ -78,6 +81,8 @@ class Config:
             context: the target among it.
             seed: fixes every draw of this shard.
         """
+        from inference.generation import generate_batch
+
         assert context.model is not None, "the local generator runs the target"
         threads = [_Thread(prompt, context) for prompt in prompts]
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
@@ -132,7 +137,7 @@ class _Thread:
                 del self.last[-1], self.ids[-1], self.mask[-1]
                 self.states = [*self.states[:-1], self.states[-1][:-1]] if self.states else []
 
-    def add(self, response: Response) -> None:
+    def add(self, response: "Response") -> None:
         """Append the target's answer."""
         self.last = response.tokens
         self.ids += response.tokens
@@ -147,8 +152,10 @@ class _Thread:
         text = str(self.context.tokenizer.decode(response.tokens, skip_special_tokens=True))
         self.messages = [*self.messages, {"role": "assistant", "content": text}]
 
-    def sample(self, split: str) -> Sample:
+    def sample(self, split: str) -> "Sample":
         """The finished conversation."""
+        import torch
+
         return sample_of(
             self.prompt,
             split=split,

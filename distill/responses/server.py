@@ -10,16 +10,18 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from distill.chat import Message, conversation_tokens, end_of_turn, messages_for
-from distill.corpus import Sample
 from distill.prompts import Prompt
 from distill.responses._context import AnswerContext, sample_of
-from distill.responses._http import JsonClient
 from inference.errors import InputError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from distill.corpus import Sample
+    from distill.responses._http import JsonClient
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Config:
         """Whether `answer` runs the target in this process."""
         return False
 
-    def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> list[Sample]:
+    def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> "list[Sample]":
         """Have the server answer a batch of prompts, turn by turn.
 
         Args:
@@ -156,7 +158,9 @@ class Config:
         with self._client() as client:
             return _only_model(client)
 
-    def _client(self) -> JsonClient:
+    def _client(self) -> "JsonClient":
+        from distill.responses._http import JsonClient
+
         return JsonClient(
             self.base_url,
             key=_key(self.api_key_env),
@@ -167,7 +171,7 @@ class Config:
         )
 
     def _complete(
-        self, client: JsonClient, conversation: Sequence[Message], *, model: str, seed: int
+        self, client: "JsonClient", conversation: Sequence[Message], *, model: str, seed: int
     ) -> ServerResponse:
         """Send one conversation."""
         body = {
@@ -184,7 +188,7 @@ class Config:
 
 def _sample(
     prompt: Prompt, messages: list[Message], *, split: str, ended: list[bool], context: AnswerContext
-) -> Sample:
+) -> "Sample":
     """Put a conversation into tokens. The end-of-turn token of a response that was cut off is not the target's own."""
     ids, mask = conversation_tokens(context.tokenizer, messages)
     closing = end_of_turn(context.tokenizer)
@@ -215,7 +219,7 @@ def _key(variable: str) -> str:
     return key
 
 
-def _only_model(client: JsonClient) -> str:
+def _only_model(client: "JsonClient") -> str:
     """Ask the server what it serves."""
     names = client.request(
         "GET", "models", parse=lambda value: [str(entry["id"]) for entry in value["data"]], jitter=random.Random(0)
@@ -245,7 +249,9 @@ def _response(value: Any) -> ServerResponse:
     )
 
 
-def _url(text: str) -> httpx.URL | None:
+def _url(text: str) -> "httpx.URL | None":
+    import httpx
+
     try:
         return httpx.URL(text)
     except (httpx.InvalidURL, TypeError):

@@ -28,12 +28,13 @@ import torch
 
 from inference.batch.engine import BatchEngine, Handle, Outcome, QueueFull
 from inference.betting import BettingTest, confidence_sequence
-from inference.decoder import Request, check_prompt_length
+from inference.decoder import check_prompt_length
 from inference.drafters import Drafter
 from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.model import CausalModel
 from inference.randomness import Source
+from inference.request import Request
 
 logger = logging.getLogger(__name__)
 

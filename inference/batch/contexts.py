@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.batch.cache import Placement, SlotCache
-from inference.feature_drafts._layers import KeysValues
+from inference.feature_networks._layers import KeysValues
 
 
 class DraftSlots:

@@ -20,7 +20,7 @@ from inference.errors import InputError
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 
 _CONTEXT_TOKENS = 128
 _BLOCK_WIDTHS = (1, 2, 3, 5, 9)

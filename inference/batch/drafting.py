@@ -12,7 +12,7 @@ from inference.drafters import Ask, Drafter, Proposal, ReadsFeatures
 from inference.drafters.feature import FeatureDrafter, propose_blocks
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import MixedDrafter, Turns, draft_limit
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.precision import model_nbytes
 
 _Item = TypeVar("_Item")

@@ -23,25 +23,15 @@ from inference.batch.costs import LoadCosts
 from inference.batch.drafting import draft_group
 from inference.batch.ragged import check_ragged, ragged_logits
 from inference.batch.sharing import PassSharing
-from inference.decoder import (
-    PARTS,
-    Clock,
-    Decoded,
-    Request,
-    VerifiedTokens,
-    after_sibling,
-    check_prompt_length,
-    judge,
-    kept_rows,
-    up_to_stop,
-)
+from inference.decoder import Clock, VerifiedTokens, after_sibling, check_prompt_length, judge, kept_rows, up_to_stop
 from inference.drafters import Ask, Drafter, Proposal
 from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
 from inference.model import CausalModel
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.request import PARTS, Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from inference.verification import Verdict
 
 # More tokens in a pass of prompts save nothing, and its states want room.
@@ -151,7 +141,7 @@ class BatchEngine:
         clock: seconds, for deadlines.
 
     Attributes:
-        seconds: spent so far, by part as in `inference.decoder.PARTS`; `other` is what a step takes besides.
+        seconds: spent so far, by part as in `inference.request.PARTS`; `other` is what a step takes besides.
 
     Raises:
         InputError: a target whose requests cannot share a pass.

@@ -17,9 +17,9 @@ import torch
 
 from inference.batch.engine import BatchEngine, Handle, Outcome
 from inference.batch.timing import Clock, PassTimer, clocked, timed_passes
-from inference.decoder import Request
 from inference.randomness import TorchSource
 from inference.records import Mismatch, tokens_digest
+from inference.request import Request
 
 CLOSED, POISSON, BATCH = "closed", "poisson", "batch"
 

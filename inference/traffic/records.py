@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from inference.decoder import Decoded
+from inference.request import Decoded
 
 SCHEMA_VERSION = 1
 ENGINE = "dspark"

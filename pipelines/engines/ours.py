@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter, LoadContext, Proposal, load_drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import Source, TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from pipelines.engines.job import Job, Outcome
 
 

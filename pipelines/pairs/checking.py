@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from pipelines.pairs import digests
 from pipelines.pairs.naming import Version
 from pipelines.pairs.tables import say
 from pipelines.registry import FILES_FILE, aliases, read_log, recorded_digest, versions
-from pipelines.verify import verify
 
 FROM_A_COPY = "put that file back from a copy, or import the version again"
 
@@ -37,6 +36,8 @@ def verify_pairs(chosen: list[Version], *, decode: bool, cache: Path, device: st
         if found:
             say(f"{version.label}: {len(found)} fault{'s' if len(found) > 1 else ''}")
         elif decode:
+            from pipelines.verify import verify  # it imports torch
+
             say(f"{version.label}: {verify(version.folder, cache=cache, device=device)} requests gave the same tokens")
         else:
             say(f"{version.label}: {_as_it_was(version)}")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE
+from inference.pair_files import DEFAULT_CACHE
 from pipelines.locks import registry_lock
 from pipelines.pairs.naming import Version, all_versions, check_known, find
 from pipelines.pairs.tables import say

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from pipelines.pairs import digests
 from pipelines.pairs.listing import card_of, interval
 from pipelines.pairs.naming import Version
 from pipelines.pairs.tables import say, show, show_json, size
-from pipelines.score import RECORDS_FILE, read_records
+from pipelines.score_files import RECORDS_FILE, read_records
 
 _FIGURES = ("speedup", "tau", "alpha")
 _PARTS = ("target", "draft", "decoding", "training", "cost_profile", "lineage")

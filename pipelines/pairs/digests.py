@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from pipelines.files import sha256_bytes, sha256_file, write_bytes
 from pipelines.registry import FILES_FILE
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from pipelines.files import sha256_bytes
 from pipelines.pairs import digests
 from pipelines.pairs.checking import version_faults

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from pipelines.files import fsync_tree, sha256_bytes, writing
 from pipelines.pairs import digests
 from pipelines.pairs.digests import Entry

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from pipelines.files import fsync_path, fsync_tree, sha256_bytes, sha256_file, write_json, writing
 from pipelines.locks import RegistryBusy, registry_lock
 from pipelines.pairs import digests

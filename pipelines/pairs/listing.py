@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from inference.statistics import OVERALL
 from pipelines.pairs import digests
 from pipelines.pairs.naming import Version, all_versions

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE
+from inference.pair_files import PAIR_FILE
 from pipelines.composition import nearest
 from pipelines.registry import CHAMPION, EVENTS_FILE, alias_target, aliases, is_name, names, read_log, versions
 

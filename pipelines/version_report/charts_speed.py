@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from inference.batch.load import CLOSED
 from inference.batch.load_figures import SCHEDULED
-from inference.decoder import PARTS
+from inference.request import PARTS
 from inference.statistics import BASELINE, OVERALL, Estimate, Scorecard, find_card
 from pipelines.version_report.chart import (
     BARS,

@@ -4,14 +4,14 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inference.errors import InputError
 from pipelines.files import write_text
 from pipelines.registry import EVENTS_FILE
-from pipelines.version_report.charts import charts
-from pipelines.version_report.contents import Contents, read_contents
-from pipelines.version_report.drawing import png
-from pipelines.version_report.page import render
+
+if TYPE_CHECKING:
+    from pipelines.version_report.contents import Contents
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
         "--load", type=Path, default=None, help="folder with the load.json of a `dspark load` of this pair"
     )
     words = parser.parse_args(argv)
+    from pipelines.version_report.contents import read_contents  # after the words were read: it imports much
+    from pipelines.version_report.page import render
+
     contents = read_contents(
         words.folder.expanduser(),
         registry=_registry(words.folder.expanduser()),
@@ -65,8 +68,11 @@ def _registry(folder: Path) -> Path | None:
     return root.relative_to(here) if root.is_relative_to(here) else root
 
 
-def _pictures(contents: Contents, folder: Path) -> list[Path]:
+def _pictures(contents: "Contents", folder: Path) -> list[Path]:
     """Write every figure; returns the files."""
+    from pipelines.version_report.charts import charts
+    from pipelines.version_report.drawing import png
+
     found = []
     for chart in (chart for section in charts(contents).values() for chart in section):
         path = folder / f"{chart.key}.png"

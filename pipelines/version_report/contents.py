@@ -14,7 +14,7 @@ from typing import Any
 from inference.batch.load import Point
 from inference.batch.load_figures import LoadFigure
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, read_pair
 from inference.reliability import Bin, PositionReport
 from inference.statistics import Estimate, Scorecard, scorecards
 from pipelines.build import HISTORY_FILE
@@ -23,8 +23,9 @@ from pipelines.files import read_json
 from pipelines.load import LOAD_FILE
 from pipelines.realign.cycle import Ended, history
 from pipelines.registry import read_events
-from pipelines.score import RECORDS_FILE, SCORECARD_FILE, read_records
+from pipelines.score_files import RECORDS_FILE, SCORECARD_FILE, read_records
 from pipelines.select import Candidate, Decision
+from pipelines.took import read_stages
 from pipelines.version_report.examples import EXAMPLES_FILE, Example, read_examples
 
 TRAINING_FILE = "training.json"
@@ -40,6 +41,7 @@ class Contents:
         decision: who won, and why the others did not.
         cards: of every arm, domain and temperature.
         price_per_hour: behind the costs; 0 for unknown.
+        stages: what each stage of the run took, by name; empty where the version is older than that.
         training: what it took, by draft, where that is known: `steps`, `tokens`, `seconds`.
         calibrations: by draft, a report for each position; empty where nothing was calibrated.
         curve: rows of the training's history, each with its `step`.
@@ -55,6 +57,7 @@ class Contents:
     decision: Decision
     cards: list[Scorecard]
     price_per_hour: float
+    stages: dict[str, dict[str, Any]]
     training: dict[str, dict[str, Any]]
     calibrations: dict[str, list[PositionReport]]
     curve: list[dict[str, Any]]
@@ -105,6 +108,7 @@ def read_contents(
         decision=decision,
         cards=_cards(folder, price, int(data["seed"])),
         price_per_hour=price,
+        stages=read_stages(folder),
         training=_training(folder, info, decision.winner),
         calibrations=_calibrations(folder, decision),
         curve=_optional(folder / HISTORY_FILE, []),

@@ -20,7 +20,7 @@ from inference.lookahead import Lookahead
 from inference.pair import Pair
 from inference.randomness import Source
 from inference.records import tokens_digest
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from pipelines.files import read_json, write_json
 from pipelines.verify import Check, repeat
 

@@ -32,6 +32,7 @@ _SECTIONS = (
     ("examples", "Worked examples"),
     ("reliability", "Calibration"),
     ("learning", "Training"),
+    ("stages", "What the run took"),
     ("history", "History"),
     ("use", "Use"),
     ("lineage", "Lineage"),
@@ -76,6 +77,7 @@ def _words(contents: Contents) -> dict[str, Any]:
         "learning": bool(figures["learning"]),
         "load": bool(figures["load"]),
         "examples": bool(contents.examples),
+        "stages": bool(contents.stages),
         "history": history is not None,
     }
     return {
@@ -95,6 +97,7 @@ def _words(contents: Contents) -> dict[str, Any]:
         "chances": tables.chances(contents),
         "costs": costs,
         "price": contents.price_per_hour,
+        "stages": tables.stages(contents),
         "history": history,
         "lineage": tables.lineage(contents),
         "commands": tables.commands(contents.location),

@@ -14,6 +14,7 @@ from inference.target import EMBEDDED
 from pipelines.advice import prompts_of
 from pipelines.exports.write import SERVE_FOLDER, Export, Served
 from pipelines.report import interval
+from pipelines.took import stage_rows
 from pipelines.version_report.chart import MIB, pooled, shown
 from pipelines.version_report.contents import Contents, plain_text
 
@@ -227,6 +228,11 @@ def history(contents: Contents) -> Table | None:
     ]
     rows = [list(row) for row in sorted([*moves, *ends])]
     return Table(["time", "what", "versions", "reason"], rows) if rows else None
+
+
+def stages(contents: Contents) -> Table:
+    """What each stage of the run took, in its order."""
+    return Table(*stage_rows(contents.stages))
 
 
 def lineage(contents: Contents) -> Table:

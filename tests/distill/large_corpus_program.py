@@ -19,8 +19,8 @@ from distill.distillation import Distillation
 from distill.feature_distillation import FeatureDistillation
 from distill.features import FeatureShards
 from distill.objectives import forward_kl
-from inference.feature_drafts import make_network
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import make_network
 from tests.inference.families import family_model
 
 Task = Distillation | FeatureDistillation

@@ -16,13 +16,14 @@ from distill.feature_distillation import FeatureDistillation, _pack, covered_mas
 from distill.features import capture_features
 from distill.objectives import Objective, cross_entropy, forward_kl, lk, mix, reads_labels
 from inference.errors import InputError
-from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, make_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import FeatureNetwork, PackedBatch, make_network
 from inference.generation import generate_batch
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from tests.inference.families import VOCAB, family_model
 from tests.inference.test_feature_drafts import BLOCK, SMALL, TAPS, features_of, network_for, stepwise
 

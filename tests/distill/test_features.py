@@ -21,12 +21,11 @@ from distill.features import (
     write_features,
 )
 from distill.prompts import Prompt
-from distill.responses import local
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config
 from inference.errors import InputError
-from inference.features import EMBEDDING
 from inference.generation import Response, generate_batch
+from inference.taps import EMBEDDING
 from tests.inference.families import VOCAB, family_model
 
 TAPS = [2, 5, 11]
@@ -263,7 +262,7 @@ def test_every_turn_of_a_conversation_has_features(
         written += sum(len(response.tokens) for response in responses)
         return responses
 
-    monkeypatch.setattr(local, "generate_batch", counted)
+    monkeypatch.setattr("inference.generation.generate_batch", counted)
     model = family_model("llama", vocab_size=len(chatml), max_position_embeddings=512)
     vocabulary = chatml.get_vocab()
     ids = frozenset(vocabulary[token] for token in ("<|im_end|>", *stops))

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from distill.chat import conversation_tokens, render_prompt
 from distill.corpus import Sample
 from distill.prompts import Prompt
-from distill.responses import local
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config
 from inference.generation import Response
@@ -44,7 +43,7 @@ def script(monkeypatch: pytest.MonkeyPatch, chatml: PreTrainedTokenizerFast) -> 
             # State j of a response is the number j, to be recognised again.
             return [Response(i, torch.arange(float(len(i)))[:, None]) for i in ids]
 
-        monkeypatch.setattr(local, "generate_batch", generate)
+        monkeypatch.setattr("inference.generation.generate_batch", generate)
         return given
 
     return put

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.feature_drafts._checkpoint import misfit
+from inference.feature_networks._checkpoint import misfit
 from tests.inference import real
 
 SEEDS = Path(__file__).resolve().parents[2] / "distill" / "seeds"

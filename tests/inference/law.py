@@ -7,11 +7,13 @@ from contextlib import contextmanager
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.lookahead import Lookahead
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings, token_probs
+from inference.request import Request
+from inference.sampling import token_probs
+from inference.sampling_settings import SamplingSettings
 
 VOCAB = 3
 PROMPT = torch.tensor([0, 1, 0, 1])

@@ -17,20 +17,22 @@ import torch
 from inference import sharded
 from inference.batch import BatchEngine
 from inference.cache import RollbackCache
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
-from inference.feature_drafts import make_network
+from inference.drafters.lookup import LookupDrafter
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import make_network
 from inference.generation import generate_batch
 from inference.loading import check_model_folder
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.parallel import load_target
 from inference.processes import num_processes
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from pipelines import cli
 from tests.inference.families import VOCAB
 

@@ -16,7 +16,7 @@ from inference.generation import generate_batch
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.precision import available_precisions
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from inference.target import stop_tokens
 
 CPU = torch.device("cpu")

@@ -12,16 +12,19 @@ import distill
 from distill.drafts import DraftContext
 from distill.drafts.pruned import Config as PrunedConfig
 from distill.drafts.quantized import Config as QuantizedConfig
-from inference.drafters import DRAFT_FILE, Drafter, LoadContext, load_drafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters import Drafter, LoadContext, load_drafter
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import INNER_FOLDER
-from inference.feature_drafts import FeatureDraftConfig, make_network
-from inference.feature_drafts._checkpoint import save_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_drafts.medusa import Config as Medusa
+from inference.feature_networks import make_network
+from inference.feature_networks._checkpoint import save_network
 from inference.loading import load_causal_model
+from inference.lookup_settings import LookupSettings
+from inference.pair_files import DRAFT_FILE
 from tests.inference.real import CPU, fp32_target, target_folder
 
 # Low token ids are the most frequent merges of this tokenizer.

@@ -12,15 +12,17 @@ from inference.attention import use_grouped_attention
 from inference.batch import BatchEngine, Handle, Outcome
 from inference.batch.arms import ArmEngine, ArmSpec, GuardConfig, _Pairs
 from inference.betting import BettingTest
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from tests.inference.law import tiny_model
 
 VOCAB = 12

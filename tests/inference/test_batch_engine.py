@@ -10,17 +10,17 @@ from inference.attention import use_grouped_attention
 from inference.batch import BatchEngine, Handle, Outcome, QueueFull, SlotCache
 from inference.batch import engine as module
 from inference.costs import RoundCosts
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter, Proposal
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.feature_drafts import FeatureNetwork, make_network
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import FeatureNetwork, make_network
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.entropy import EntropyLookahead
@@ -28,10 +28,12 @@ from inference.lookahead.estimator import EstimatorLookahead
 from inference.lookahead.ewma import EwmaLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
+from inference.lookup_settings import LookupSettings
 from inference.margin import MarginEstimator
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from tests.inference.families import family_model
 from tests.inference.law import tiny_model
 

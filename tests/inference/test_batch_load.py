@@ -29,21 +29,23 @@ from inference.batch.load import (
 from inference.batch.load_figures import LoadFigure, claims, foretold, load_figures
 from inference.batch.plain import plain_generate
 from inference.batch.timing import timed_passes
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
-from inference.feature_drafts import make_network
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import make_network
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.randomness import TorchSource
 from inference.records import Mismatch
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from tests.inference.law import tiny_model
 
 VOCAB = 12

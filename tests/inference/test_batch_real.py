@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 
 from inference.batch import BatchEngine, Handle
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import stop_tokens
 from tests.inference.real import DOMAINS, fp32_target, greedy_reference, prompts
 from tests.inference.real_drafts import real_drafter

@@ -12,23 +12,26 @@ from inference.batch.costs import LoadCosts, measure_load_costs
 from inference.batch.drafting import DraftGroup, draft_group
 from inference.batch.sharing import Noting, PassSharing
 from inference.costs import RoundCosts
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.feature_drafts import FeatureDraftConfig, make_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import make_network
 from inference.lookahead import Measured, Signals, Visible
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from tests.inference.law import Law, MemoModel, Path, distance, target_law, tiny_model
 
 SOLO = Measured(RoundCosts({1: 1.0, 2: 1.2, 3: 1.3}), (0.6, 0.5))

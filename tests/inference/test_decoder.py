@@ -5,18 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from inference.decoder import PARTS, Decoded, Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter, Proposal
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.randomness import Source, TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import PARTS, Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from tests.inference.families import CONTEXT, VOCAB, family_model, greedy_reference
 from tests.inference.law import MemoModel, tiny_model
 

@@ -4,14 +4,16 @@ import pytest
 
 from inference.draft_parts import PARTS, draft_parts
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import mixed_drafter
 from inference.drafters.none import NoDrafter
-from inference.feature_drafts import FeatureDraftConfig, make_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_drafts.medusa import Config as Medusa
+from inference.feature_networks import make_network
+from inference.lookup_settings import LookupSettings
 from tests.inference.families import family_model
 
 

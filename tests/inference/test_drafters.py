@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, load_drafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
@@ -17,9 +17,11 @@ from inference.loading import load_causal_model
 from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings, token_probs
+from inference.sampling import token_probs
+from inference.sampling_settings import SamplingSettings
 from tests.inference.families import family_model
 from tests.pipelines.tiny import tokenizer, write_model
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from inference.batch.contexts import DraftSlots
 from inference.errors import InputError
-from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch, embedding_scale, make_network
-from inference.feature_drafts._checkpoint import load_network, save_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import FeatureNetwork, PackedBatch, embedding_scale, make_network
+from inference.feature_networks._checkpoint import load_network, save_network
 from inference.model import CausalModel
 from inference.precision import available_precisions, storage_dtype
 from tests.inference.families import FAMILIES, VOCAB, family_model

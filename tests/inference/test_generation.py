@@ -6,7 +6,7 @@ import torch
 from inference.errors import InputError
 from inference.generation import Response, generate_batch
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from tests.inference.families import CONTEXT, VOCAB, family_model, greedy_reference
 
 GREEDY, SAMPLED = SamplingSettings(), SamplingSettings(temperature=1.0)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from inference.cache import RollbackCache
-from inference.features import EMBEDDING
 from inference.generation import Response, generate_batch
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
+from inference.taps import EMBEDDING
 from tests.inference.families import CONTEXT, VOCAB, family_model
 from tests.inference.test_feature_drafts import features_of
 

@@ -14,16 +14,17 @@ from inference.cache import RollbackCache
 from inference.costs import RoundCosts
 from inference.drafters import Drafter, Proposal
 from inference.drafters.feature import FeatureDrafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import MixedDrafter, MixedFeatureDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.drafters.quantized import quantization_config
-from inference.feature_drafts import FeatureDraftConfig, make_network
-from inference.feature_drafts._layers import DraftCache
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import make_network
+from inference.feature_networks._layers import DraftCache
 from inference.layers import keep_layers
 from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Measured
@@ -33,9 +34,10 @@ from inference.lookahead.estimator import EstimatorLookahead
 from inference.lookahead.ewma import EwmaLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
+from inference.lookup_settings import LookupSettings
 from inference.margin import MarginEstimator
 from inference.model import CausalModel
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from tests.inference.law import MemoModel, TokenCache, distance, speculative_law, target_law, tiny_model
 
 EXACT = 1e-12

@@ -9,7 +9,7 @@ import torch
 from distill.drafts import DraftContext
 from distill.drafts.quantized import Config as QuantizedConfig
 from inference.cache import RollbackCache
-from inference.decoder import Decoded, Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter, LoadContext, Proposal, ReadsFeatures, load_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
@@ -17,7 +17,8 @@ from inference.lookahead import Lookahead
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.randomness import Source, TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import stop_tokens
 from tests.inference.real import CPU, DOMAINS, TOKENS, fp32_target, greedy_reference, prompts, target_folder
 from tests.inference.real_drafts import KINDS, SEED, real_drafter

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inference.drafters.feature import FeatureDrafter
-from inference.feature_drafts import FeatureNetwork, make_network
-from inference.feature_drafts._checkpoint import load_network, save_network
 from inference.feature_drafts.medusa import Config
+from inference.feature_networks import FeatureNetwork, make_network
+from inference.feature_networks._checkpoint import load_network, save_network
 from inference.model import CausalModel
 from inference.precision import available_precisions, storage_dtype
 from tests.inference.families import FAMILIES, VOCAB, family_model

@@ -17,7 +17,8 @@ from inference.lookahead import Signals
 from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import ScheduledLookahead
-from inference.pair import Generated, Pair, _TextStream, load_lookahead, load_pair, read_pair
+from inference.pair import Generated, Pair, _TextStream, load_lookahead, load_pair
+from inference.pair_files import read_pair
 from inference.target import stop_tokens, target_digest
 from tests.inference.families import greedy_reference
 from tests.pipelines.tiny import tokenizer, write_model

@@ -17,16 +17,18 @@ import torch
 from scipy import stats
 
 from inference import verification
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
-from inference.feature_drafts import FeatureNetwork, Step
+from inference.feature_networks import FeatureNetwork, Step
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings, token_probs
+from inference.request import Request
+from inference.sampling import token_probs
+from inference.sampling_settings import SamplingSettings
 from tests.inference.law import Law, TokenCache
 from tests.inference.real import fp32_target, prompts
 from tests.inference.real_drafts import FEATURE_CONFIGS, real_drafter

@@ -13,7 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.sampling import DecodeConfig, SamplingSettings, process_logits, token_probs
+from inference.sampling import process_logits, token_probs
+from inference.sampling_settings import DecodeConfig, SamplingSettings
 
 V = 12
 NOTHING = torch.empty(0, dtype=torch.long)

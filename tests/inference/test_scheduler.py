@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from inference.costs import RoundCosts
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import Proposal
 from inference.lookahead import Lookahead, Measured, Signals, Visible
 from inference.lookahead._worth import best_length
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
 from inference.randomness import Source
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.scheduler import schedule
 from inference.verification import verify_sampled
 from tests.inference.law import Law, Path, TokenCache, distance

@@ -6,22 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from inference.block_length import DraftedRequest, Drafting, best_block, choose_block
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.lookahead.fixed import FixedLookahead
 from inference.records import Record, tokens_digest
-from inference.sampling import SamplingSettings
-from inference.scoring import (
-    Arm,
-    ScorePrompt,
-    _DraftedRequest,
-    _Drafting,
-    best_block,
-    choose_block,
-    explain_mismatch,
-    request_seed,
-    score_prompt,
-)
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt, explain_mismatch, request_seed, score_prompt
 from tests.inference.families import family_model, greedy_reference
 from tests.inference.law import MemoModel, tiny_model
 
@@ -231,15 +222,15 @@ def test_best_block_grows_with_acceptance_and_shrinks_with_cost() -> None:
 
 def test_drafting_costs_are_a_line_through_two_block_lengths() -> None:
     # 3 ms a round and 2 ms a token: blocks of 5 take 13 ms, blocks of 1 take 5.
-    long = _Drafting([_DraftedRequest(10, 50, 0.13), _DraftedRequest(20, 100, 0.26)])
-    assert long.costs(_Drafting([_DraftedRequest(4, 4, 0.02)])) == pytest.approx((0.003, 0.002))
-    assert long.costs(_Drafting()) == pytest.approx((0.0, 0.0026))
-    assert _Drafting().costs(_Drafting()) == (0.0, 0.0)
+    long = Drafting([DraftedRequest(10, 50, 0.13), DraftedRequest(20, 100, 0.26)])
+    assert long.costs(Drafting([DraftedRequest(4, 4, 0.02)])) == pytest.approx((0.003, 0.002))
+    assert long.costs(Drafting()) == pytest.approx((0.0, 0.0026))
+    assert Drafting().costs(Drafting()) == (0.0, 0.0)
 
 
 def test_a_request_that_was_held_up_does_not_make_drafting_dear() -> None:
-    long = _Drafting([_DraftedRequest(10, 50, 0.13), _DraftedRequest(10, 50, 9.0), _DraftedRequest(10, 50, 0.13)])
-    short = _Drafting([_DraftedRequest(4, 4, 0.02), _DraftedRequest(4, 4, 0.02), _DraftedRequest(4, 4, 5.0)])
+    long = Drafting([DraftedRequest(10, 50, 0.13), DraftedRequest(10, 50, 9.0), DraftedRequest(10, 50, 0.13)])
+    short = Drafting([DraftedRequest(4, 4, 0.02), DraftedRequest(4, 4, 0.02), DraftedRequest(4, 4, 5.0)])
     assert long.costs(short) == pytest.approx((0.003, 0.002))
 
 

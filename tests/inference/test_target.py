@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference import target as module
 from inference.errors import InputError
 from inference.loading import load_causal_model
 from inference.target import TargetConfig, config_shape, stop_tokens, target_digest
@@ -33,7 +32,7 @@ def test_a_folder_is_taken_as_it_is(whole: Path, tmp_path: Path) -> None:
 def test_the_embedded_target_comes_out_of_the_cache(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "embedded_target", {tmp_path: whole}.__getitem__)
+    monkeypatch.setattr("inference.embedded.embedded_target", {tmp_path: whole}.__getitem__)
     assert TargetConfig().folder(tmp_path) == whole
 
 

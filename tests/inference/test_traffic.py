@@ -16,12 +16,12 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from inference.decoder import Decoded
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.loading import load_causal_model
 from inference.lookahead.fixed import FixedLookahead
 from inference.pair import Pair
+from inference.request import Decoded
 from inference.traffic import (
     TrafficConfig,
     TrafficLog,

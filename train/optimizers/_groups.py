@@ -1,13 +1,14 @@
 """Parameter groups and checks that all AdamW variants share. Not an optimizer."""
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from train.optimizers import NamedParameters
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def _decays(name: str, parameter: nn.Parameter) -> bool:
+
+def _decays(name: str, parameter: "nn.Parameter") -> bool:
     """Matrices decay; biases, norms and anything with fewer than two dimensions do not."""
     return parameter.dim() >= 2 and not name.endswith("bias") and "norm" not in name.lower()
 

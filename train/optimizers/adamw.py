@@ -1,11 +1,13 @@
 """AdamW in full precision (Loshchilov and Hutter 2017, arXiv 1711.05101): two fp32 numbers of state a weight."""
 
 from dataclasses import dataclass
-
-from torch import optim
+from typing import TYPE_CHECKING
 
 from train.optimizers import NamedParameters
 from train.optimizers._groups import check_options, parameter_groups
+
+if TYPE_CHECKING:
+    from torch import optim
 
 
 @dataclass
@@ -35,8 +37,10 @@ class Config:
             self.kind, lr=self.lr, weight_decay=self.weight_decay, beta1=self.beta1, beta2=self.beta2, eps=self.eps
         )
 
-    def build(self, parameters: NamedParameters, /) -> optim.Optimizer:
+    def build(self, parameters: NamedParameters, /) -> "optim.Optimizer":
         """Return the optimizer over the named parameters."""
+        from torch import optim
+
         return optim.AdamW(
             parameter_groups(parameters, weight_decay=self.weight_decay),
             lr=self.lr,

@@ -6,14 +6,15 @@ step is tried on the parameters' own device before training starts.
 
 import logging
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn, optim
+from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainingError
 from train.optimizers import NamedParameters
 from train.optimizers._groups import check_options, parameter_groups
+
+if TYPE_CHECKING:
+    import torch
+    from torch import optim
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Config:
         if self.min_8bit_size < 1:
             raise ValueError(f"optimizer adamw8bit: min_8bit_size is {self.min_8bit_size}: choose at least 1")
 
-    def build(self, parameters: NamedParameters, /) -> optim.Optimizer:
+    def build(self, parameters: NamedParameters, /) -> "optim.Optimizer":
         """Return the optimizer over the named parameters.
 
         Raises:
@@ -58,19 +59,21 @@ class Config:
             self.check(device)
         return self._make(parameter_groups(named, weight_decay=self.weight_decay), self.min_8bit_size)
 
-    def _make(self, groups: list[dict[str, Any]], min_8bit_size: int) -> optim.Optimizer:
+    def _make(self, groups: list[dict[str, Any]], min_8bit_size: int) -> "optim.Optimizer":
         optimizer: optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
             groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, min_8bit_size=min_8bit_size
         )
         return optimizer
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: "torch.device") -> None:
         """Take one real 8-bit step on a small parameter of zeros; touches no random state.
 
         Raises:
             TrainingError: bitsandbytes is missing, or its build cannot take the step.
         """
-        probe = nn.Parameter(torch.zeros(512, device=device))
+        import torch
+
+        probe = torch.nn.Parameter(torch.zeros(512, device=device))
         probe.grad = torch.ones_like(probe)
         version = _bitsandbytes().__version__
         try:
@@ -94,7 +97,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _refusal(version: str, device: torch.device, reason: str) -> TrainingError:
+def _refusal(version: str, device: "torch.device", reason: str) -> TrainingError:
     return TrainingError(
         f"bitsandbytes {version} cannot take an 8-bit step: {reason}",
         where=f"device {device}",

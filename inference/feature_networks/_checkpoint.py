@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from inference.errors import InputError, first_line
-from inference.feature_drafts import TRAINING, FeatureDraftConfig, FeatureNetwork
-from inference.feature_drafts._layers import DraftShape
+from inference.feature_drafts import TRAINING, FeatureDraftConfig
+from inference.feature_networks import FeatureNetwork
+from inference.feature_networks._layers import DraftShape
 from inference.model import CausalModel
 from inference.plugins import plugin
 from inference.precision import apply_precision, storage_dtype
