@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,6 +35,7 @@ from pipelines.files import (
     write_json,
     writing,
 )
+from train.memory import Took, watched
 
 log = logging.getLogger(__name__)
 
@@ -230,20 +231,29 @@ class Store:
         """The partial folder, completed on a clean exit. The lock is held."""
         final = self.path(spec)
         partial = final.with_name(f".partial-{spec.key}")
-        with writing(partial):
-            if partial.exists():
+        with writing(partial), watched() as watch:
+            resumed = partial.exists()
+            if resumed:
                 log.info("%s %s: resuming in %s", spec.kind, spec.key, partial)
             partial.mkdir(exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)
             work = Work(partial)
             yield work
-            _seal(spec, work)
+            took = watch.took()
+            _seal(spec, work, took, resumed=resumed)
             work.artifact = _rename(partial, final)
             work.folder = final
             _drop(final, work.drop)
+            log.info(
+                "%s %s: made in %.0f s, peak memory %.0f MiB",
+                spec.kind,
+                spec.key,
+                took.seconds,
+                took.resident_bytes / 2**20,
+            )
 
 
-def _seal(spec: Spec, work: Work) -> None:
+def _seal(spec: Spec, work: Work, took: Took, *, resumed: bool) -> None:
     """Flush the files, then write the manifest: a partial folder that has one lacks nothing but its name."""
     (work.folder / MANIFEST).unlink(missing_ok=True)
     files = _files(work.folder, leave_out=work.keep | work.drop)
@@ -252,6 +262,7 @@ def _seal(spec: Spec, work: Work) -> None:
         **spec.stable(),
         "files": files,
         "metrics": plain(work.metrics),
+        "took": {**asdict(took), "resumed": resumed},
         **provenance.collect(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -198,7 +198,6 @@ def _train(lesson: Lesson, work: Work, tracker: Tracker) -> None:
         "tokens": result.tokens,
         "seconds": result.seconds,
         "step_seconds": result.step_seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
         **{key: value for key, value in result.metrics.items() if key.startswith("eval/")},
     }
     trained.save(work.folder / DRAFT_FOLDER)

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from inference.block_length import decode_validation
 from inference.calibration import CalibrationRound
 from inference.lookahead import Chances, RecordingLookahead
 from inference.reliability import CalibrationReport, fit_margin, report
-from inference.sampling import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, decode_validation
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt
 from inference.statistics import Estimate
 from pipelines.calibration_plot import plot_reliability
 from pipelines.files import write_json, write_text

@@ -21,17 +21,14 @@ from inference.errors import InputError
 from inference.plugins import plugins
 
 if TYPE_CHECKING:
-    from inference.sampling import DecodeConfig
+    from inference.sampling_settings import DecodeConfig
     from inference.target import TargetConfig
     from pipelines.drift.config import DriftConfig
-    from pipelines.load import LoadConfig
     from pipelines.planning.config import PlanningConfig
-    from pipelines.publish import PublishConfig
     from pipelines.realign.config import RealignConfig
-    from pipelines.score import ScoreConfig
-    from pipelines.select import SelectConfig
-    from train.loop import TrainerConfig
-else:  # Hydra takes any node here (the group's own schema checks it), and reading this file must not import torch
+    from pipelines.stage_config import LoadConfig, PublishConfig, ScoreConfig, SelectConfig
+    from train.config import TrainerConfig
+else:  # Hydra takes any node here: the group's own schema checks it
     DecodeConfig = DriftConfig = LoadConfig = PlanningConfig = PublishConfig = RealignConfig = Any
     ScoreConfig = SelectConfig = TargetConfig = TrainerConfig = Any
 
@@ -54,13 +51,13 @@ PLUGINS: Mapping[str, tuple[str, ...]] = {
 
 SCHEMAS: Mapping[str, str] = {
     "target": "inference.target:TargetConfig",
-    "trainer": "train.loop:TrainerConfig",
-    "decode": "inference.sampling:DecodeConfig",
-    "score": "pipelines.score:ScoreConfig",
-    "select": "pipelines.select:SelectConfig",
-    "load": "pipelines.load:LoadConfig",
+    "trainer": "train.config:TrainerConfig",
+    "decode": "inference.sampling_settings:DecodeConfig",
+    "score": "pipelines.stage_config:ScoreConfig",
+    "select": "pipelines.stage_config:SelectConfig",
+    "load": "pipelines.stage_config:LoadConfig",
     "plan": "pipelines.planning.config:PlanningConfig",
-    "publish": "pipelines.publish:PublishConfig",
+    "publish": "pipelines.stage_config:PublishConfig",
     "drift": "pipelines.drift.config:DriftConfig",
     "realign": "pipelines.realign.config:RealignConfig",
 }
@@ -183,7 +180,7 @@ class RunConfig:
 
 def register(*, groups: Mapping[str, tuple[str, ...]] = PLUGINS, schemas: Mapping[str, str] = SCHEMAS) -> None:
     """Store every schema with Hydra: `base_run` at the root, `base_<kind>` in each group of plug-ins, `base_<group>` in
-    each group with a single schema. Imports every plug-in, and so torch.
+    each group with a single schema. Imports every plug-in, none of which imports torch.
 
     Args:
         groups: group -> plug-in packages.

@@ -21,10 +21,10 @@ from distill.responses._context import AnswerContext
 from distill.responses.local import Config as LocalResponses
 from distill.splits import PromptSet, prepare_prompts, prompts_digest
 from inference.errors import InputError
-from inference.features import check_taps
 from inference.generation import generate_batch
 from inference.model import CausalModel, load_tokenizer
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
+from inference.taps import check_taps
 from inference.target import config_shape, stop_tokens
 from pipelines import lineage
 from pipelines.artifacts import Artifact, Spec, Work

@@ -31,17 +31,18 @@ from torch.nn import functional
 from distill.chat import conversation_tokens, messages_for, render_prompt
 from distill.drafts import save_model
 from distill.prompts import Prompt, SourceContext, choose, package
-from inference.drafters import DRAFT_FILE, LoadContext, load_drafter
+from inference.block_length import decode_validation
+from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError, first_line
 from inference.loading import load_causal_model
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
-from inference.pair import DEFAULT_CACHE
+from inference.pair_files import DEFAULT_CACHE, DRAFT_FILE
 from inference.parallel import load_target
 from inference.precision import available_precisions
 from inference.records import Record, record_of
-from inference.sampling import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, decode_validation
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt
 from inference.statistics import Bootstrap, Estimate, ratio
 from inference.target import TargetConfig, stop_tokens, target_digest
 from pipelines.files import content_digest, fsync_path, fsync_tree, replacing, write_json, write_text, writing

@@ -7,17 +7,20 @@ Run by the publish stage; no model stays in memory there.
 """
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE, load_pair
+from inference.pair import load_pair
+from inference.pair_files import DEFAULT_CACHE
 from pipelines.exports.write import SERVE_FOLDER, write_exports
-from pipelines.score import RECORDS_FILE, read_records
+from pipelines.score_files import RECORDS_FILE, read_records
+from pipelines.stage_config import ALL
 from pipelines.verify import read_checks, verify_loaded
 from pipelines.version_report.examples import EXAMPLES_FILE, write_examples
-
-ALL = "all"
+from train.memory import Watch
 
 
 def finish(folder: Path, *, exports: list[str], cache: Path, device: str = "auto") -> int:
@@ -43,7 +46,8 @@ def finish(folder: Path, *, exports: list[str], cache: Path, device: str = "auto
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: 0 when the version is whole, 2 with one line otherwise."""
+    """Command line: 0 when the version is whole, with what it took as JSON; 2 with one line otherwise."""
+    watch = Watch()
     parser = argparse.ArgumentParser(prog="python -m pipelines.finish", description="finish a version to be published")
     parser.add_argument("folder", type=Path, help="of the version")
     parser.add_argument("--export", action="append", default=[], help="a format to write; may be given again; or all")
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"{count} requests gave the scored tokens\n")
+    sys.stdout.write(json.dumps({"requests": count, "took": asdict(watch.took())}) + "\n")
     return 0
 
 

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inference.pair import DEFAULT_CACHE, load_pair
+from inference.pair_files import DEFAULT_CACHE
 from inference.traffic import TrafficLog
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
     words = parser.parse_args(argv)
     if (words.prompt is None) == (words.prompts is None):
         parser.error("give a prompt, or a file of them with --prompts")
+    from inference.pair import load_pair  # after the words were read: it imports torch
+
     traffic = None if words.traffic is None else TrafficLog(words.traffic.expanduser())
     pair = load_pair(
         words.pair,

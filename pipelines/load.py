@@ -9,12 +9,11 @@ import dataclasses
 import json
 import logging
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from inference.batch.load import (
-    BATCH,
     CLOSED,
     POISSON,
     LoadRun,
@@ -26,7 +25,6 @@ from inference.batch.load_figures import (
     SCHEDULED,
     LoadFigure,
     claims,
-    fixed_arm,
     foretold,
     load_figures,
 )
@@ -42,6 +40,7 @@ from pipelines.files import write_text
 from pipelines.load_bench import Bench, load_policy
 from pipelines.load_report import claim_lines, load_markdown, load_plot, point_name
 from pipelines.progress import tracked
+from pipelines.stage_config import LoadConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,70 +49,6 @@ LOAD_FILE = "load.json"
 LOAD_TABLE_FILE = "load.md"
 LOAD_PLOT_FILE = "load.png"
 _FEWEST_BLOCKS = 2
-
-
-@dataclass(kw_only=True)
-class LoadConfig:
-    """What load is put on the engine.
-
-    Attributes:
-        draft: one of the drafts; empty for the one that the selection chose.
-        concurrencies: requests kept running in a closed loop.
-        lengths: fixed lengths that the scheduler is compared with, in tokens.
-        temperatures: each request gets one of them, drawn by prompt and block; several make a mixed load. Above 0,
-            arms write different answers to the same request, so their ratios need more blocks.
-        max_new_tokens: longest answer, in tokens.
-        max_prompt_tokens: longer held-out prompts are left out, in tokens.
-        requests: fewest requests of a block; a closed loop never gets fewer than two for each that is kept running.
-        poisson_shares: arrivals a second over what target-only decoding serves in its best closed loop of the first
-            block; empty for no Poisson loads.
-        poisson_requests: requests of a block of arrivals.
-        generate: batch sizes at which transformers' `generate` and the engine's target-only decoding answer the same
-            requests; empty for none.
-        minutes: how long it may take; a number of blocks follows from it once every load has had its first.
-        blocks: of each load; 0 for as many as the minutes allow, two at least.
-    """
-
-    draft: str = ""
-    concurrencies: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    lengths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    temperatures: list[float] = field(default_factory=lambda: [0.0])
-    max_new_tokens: int = 48
-    max_prompt_tokens: int = 384
-    requests: int = 8
-    poisson_shares: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    poisson_requests: int = 32
-    generate: list[int] = field(default_factory=lambda: [8, 32])
-    minutes: float = 60.0
-    blocks: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.concurrencies or min([*self.concurrencies, *self.generate]) < 1:
-            raise ValueError("load.concurrencies and load.generate count requests; give at least one, and none below 1")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"load.lengths is {self.lengths}; give at least one, none below 1")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(f"load.temperatures is {self.temperatures}; give at least one, none below 0")
-        if any(not share > 0 for share in self.poisson_shares):
-            raise ValueError(f"load.poisson_shares is {self.poisson_shares}; use shares above 0, or [] for none")
-        counts = ("max_new_tokens", "max_prompt_tokens", "requests", "poisson_requests")
-        if wrong := [name for name in counts if getattr(self, name) < 1]:
-            raise ValueError(f"load.{wrong[0]} is {getattr(self, wrong[0])}; use at least 1")
-        if not self.minutes > 0 or self.blocks < 0:
-            raise ValueError("load needs minutes above 0 and blocks of at least 0")
-
-    def points(self) -> list[Point]:
-        """The loads, in the order in which they run: arrivals last, since their rate comes from the closed loops."""
-        most = max(self.concurrencies)
-        closed = [Point(CLOSED, concurrency) for concurrency in dict.fromkeys(self.concurrencies)]
-        batches = [Point(BATCH, size) for size in dict.fromkeys(self.generate)]
-        return [*closed, *batches, *(Point(POISSON, most, share) for share in dict.fromkeys(self.poisson_shares))]
-
-    def arms(self, point: Point) -> list[str]:
-        """The arms that run at a load."""
-        if point.kind == BATCH:
-            return [BASELINE, GENERATE]
-        return [BASELINE, *(fixed_arm(length) for length in sorted(set(self.lengths))), SCHEDULED]
 
 
 class LoadError(StageFailed):

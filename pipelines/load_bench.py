@@ -31,8 +31,8 @@ from inference.batch.load_figures import (
     fixed_arm,
 )
 from inference.batch.plain import plain_generate
+from inference.block_length import BlockChoice, choose_block
 from inference.costs import interpolated
-from inference.decoder import Request
 from inference.device_profile import WIDTHS
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.none import NoDrafter
@@ -40,7 +40,8 @@ from inference.lookahead import BlockConfig, Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import Config as ScheduledConfig
 from inference.model import CausalModel
-from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, request_seed
+from inference.request import Request
+from inference.scoring import Arm, ScorePrompt, request_seed
 from inference.statistics import BASELINE
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact

@@ -1,17 +1,19 @@
 """Stage 5: put the chosen pair into the registry, after a fresh process has decoded with nothing but its files."""
 
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import PAIR_FILE, SCHEMA_VERSION, read_pair
+from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, read_pair
 from inference.statistics import BASELINE, Scorecard
 from pipelines import provenance
 from pipelines.artifacts import MANIFEST, Artifact
@@ -22,24 +24,18 @@ from pipelines.drift.fingerprints import fingerprints
 from pipelines.errors import StageFailed
 from pipelines.exports.write import SERVE_FOLDER, read_exports
 from pipelines.files import fsync_path, fsync_tree, plain, read_json, sha256_file, write_json, write_text, writing
-from pipelines.finish import ALL
 from pipelines.lineage import publish as track_pair
 from pipelines.lineage import tracked
 from pipelines.model_card import model_card
 from pipelines.pairs.digests import seal
-from pipelines.registry import CHAMPION, is_name, move_alias, next_version, versions
-from pipelines.score import (
-    PLOT_FILE,
-    RECORDS_FILE,
-    SCORECARD_FILE,
-    TABLE_FILE,
-    read_records,
-    read_scorecards,
-)
+from pipelines.registry import CHAMPION, move_alias, next_version, versions
+from pipelines.score_files import PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE_FILE, read_records, read_scorecards
 from pipelines.select import Decision, read_decision
+from pipelines.took import FRESH, PUBLISH, STAGES_FILE, stages_of
 from pipelines.verify import CHECKS_FILE, Check
 from pipelines.version_report.contents import TRAINING_FILE
 from pipelines.version_report.page import write_report
+from train.memory import watched
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +46,6 @@ GOLDEN_FILE = "golden.json"
 
 class PublishError(StageFailed):
     """The pair did not decode from its own files as it did while it was scored; nothing was published."""
-
-
-@dataclass(kw_only=True)
-class PublishConfig:
-    """How the pair is published.
-
-    Attributes:
-        name: of the pair in the registry.
-        check_prompts: prompts decoded again by a fresh process from the published files, at every temperature scored;
-            their tokens must be the scored ones.
-        exports: formats for serving engines that are written to `serve/`; `all` for those that fit the draft, an empty
-            list for none.
-    """
-
-    name: str = "smollm2-135m"
-    check_prompts: int = 2
-    exports: list[str] = field(default_factory=lambda: [ALL])
-
-    def __post_init__(self) -> None:
-        if not is_name(self.name):
-            raise ValueError(f"publish.name is {self.name!r}; use letters, digits, dots, dashes, not a version name")
-        if self.check_prompts < 1:
-            raise ValueError(f"publish.check_prompts is {self.check_prompts}; check at least 1 prompt")
 
 
 @dataclass(frozen=True)
@@ -87,6 +60,8 @@ class Lineage:
     """What the draft's training took, where that is not the draft artifact's own to say."""
     trained: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What the training of every candidate took, of those that this run trained."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What every stage before this one took."""
 
 
 def run_publish(
@@ -109,7 +84,8 @@ def run_publish(
     cfg = context.cfg
     decision = read_decision(select)
     trained = {name: _trained(draft) for name, draft in drafts.items() if "seconds" in draft.metrics}
-    lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {}, trained)
+    stages = stages_of(plan=context.plan_artifact, corpus=corpus, drafts=drafts, score=score, select=select)
+    lineage = Lineage(corpus, drafts[decision.winner], score, select, training or {}, trained, stages)
     root = cfg.paths.registry
     found = _published(root, cfg.publish.name, select.digest)
     version = found or _publish(context, decision, lineage)
@@ -152,7 +128,7 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
     version = next_version(root, name)
     folder = root / name / version
     aside = root / name / f".partial-{version}"
-    with writing(aside):
+    with writing(aside), watched() as watch:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _copy_files(lineage, aside)
@@ -161,7 +137,9 @@ def _publish(context: RunContext, decision: Decision, lineage: Lineage) -> Path:
         write_json(aside / GOLDEN_FILE, _golden(decision, lineage))
         write_json(aside / TRAINING_FILE, lineage.trained)
         write_json(aside / PAIR_FILE, _pair_info(context, decision, lineage, cards, version, aside))
-        _finish_in_fresh_process(aside, context)
+        fresh = _finish_in_fresh_process(aside, context)
+        # What is left, card and report, shows these figures and so is not in them.
+        write_json(aside / STAGES_FILE, {**lineage.stages, PUBLISH: asdict(watch.took()), FRESH: fresh})
         location, exports = str(folder), read_exports(aside / SERVE_FOLDER)
         write_text(aside / CARD_FILE, model_card(read_pair(aside), decision, cards, location=location, exports=exports))
         write_report(aside, registry=root)
@@ -183,18 +161,25 @@ def _copy_files(lineage: Lineage, aside: Path) -> None:
         shutil.copyfile(file, aside / file.name)
 
 
-def _finish_in_fresh_process(folder: Path, context: RunContext) -> None:
-    """Write the exports, load the files as a stranger would and decode; the tokens must be those of the score."""
+def _finish_in_fresh_process(folder: Path, context: RunContext) -> dict[str, Any]:
+    """Write the exports, load the files as a stranger would and decode; the tokens must be those of the score.
+
+    Returns:
+        What that process took.
+    """
     cfg = context.cfg
     options = ["--cache", str(cfg.paths.cache), "--device", cfg.target.device]
     options += [word for name in cfg.publish.exports for word in ("--export", name)]
     # Without the folder dspark was called in (-P), where a `train` or an `inference` of the user's may lie.
     command = [sys.executable, "-P", "-m", "pipelines.finish", str(folder), *options]
     path = os.pathsep.join(filter(None, [str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]))
+    start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
         raise PublishError(f"the pair did not reload from its files [{folder}]: {lines[-1]}")
+    took: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["took"]
+    return {**took, "seconds": time.monotonic() - start}  # its own clock starts when its libraries are loaded
 
 
 def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[Check]:

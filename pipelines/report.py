@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from inference.block_length import BlockChoice
 from inference.draft_parts import PARTS as DRAFT_PARTS
-from inference.scoring import BlockChoice
 from inference.statistics import OVERALL, Estimate, Scorecard
 
 _LINE_STYLES = ("-", "--", ":", "-.")

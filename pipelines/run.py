@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -24,8 +24,10 @@ from pipelines.publish import run_publish, summary
 from pipelines.realign.cycle import FOLDER as REALIGN_FOLDER
 from pipelines.realign.stage import champion_folder, run_realign
 from pipelines.registry import CHAMPION, roll_back
-from pipelines.score import PLOT_FILE, TABLE_FILE, check_baseline, read_scorecards, run_score, score_spec
+from pipelines.score import check_baseline, run_score, score_spec
+from pipelines.score_files import PLOT_FILE, TABLE_FILE, read_scorecards
 from pipelines.select import Decision, check_temperature, read_decision, run_select, select_spec
+from pipelines.took import read_stages, stage_rows
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ def _all(context: RunContext) -> float:
     decision = read_decision(select)
     version = _timed("publish", lambda: run_publish(context, corpus, drafts, score, select))
     _show_summary(decision)
+    _show_stages(version)
     logger.info("decision  %s: %s", decision.winner, decision.reason)
     logger.info("pair      %s (alias %s)", version, context.cfg.paths.registry / context.cfg.publish.name / CHAMPION)
     logger.info("report    %s and %s", score.path / TABLE_FILE, score.path / PLOT_FILE)
@@ -222,11 +225,23 @@ def _timed(stage: str, work: Callable[[], Output]) -> Output:
 
 
 def _show_summary(decision: Decision) -> None:
-    """The last table, on stderr like all progress."""
+    """The last table but one."""
+    header = ("draft", "speedup", "tau", "draft MiB", "outcome")
+    _show(header, summary(decision), title="measured speedup over target-only decoding")
+
+
+def _show_stages(version: Path) -> None:
+    """The last table: what the stages took, also those that were made by an earlier run."""
+    if stages := read_stages(version):
+        _show(*stage_rows(stages), title="what each stage took when it was made")
+
+
+def _show(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:
+    """A table on stderr, like all progress."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("draft", "speedup", "tau", "draft MiB", "outcome", title="measured speedup over target-only decoding")
-    for row in summary(decision):
+    table = Table(*header, title=title)
+    for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)

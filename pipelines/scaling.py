@@ -54,14 +54,15 @@ class Place:
     def outcome(self, name: str) -> dict[str, Any]:
         """Losses, step time, memory and profile of the one draft that a build trained."""
         (history,) = (self.root / name / "draft").glob("*/history.json")
-        metrics = json.loads((history.parent / "manifest.json").read_text())["metrics"]
+        manifest = json.loads((history.parent / "manifest.json").read_text())
+        metrics, took = manifest["metrics"], manifest["took"]
         profile = history.parent / "profile.json"
         found = json.loads(profile.read_text()) if profile.is_file() else {}
         return {
             "losses": [line["loss"] for line in json.loads(history.read_text()) if "loss" in line],
             "step_seconds": metrics["step_seconds"],
             "tokens": metrics["tokens"],
-            "peak_memory_gib": metrics["peak_memory_bytes"] / 2**30,
+            "peak_memory_gib": (took["device_bytes"] or took["resident_bytes"]) / 2**30,
             "collectives": found.get("collectives_ms", 0.0) / found["total_ms"] if found else None,
             "kernels": found.get("rows", [])[:5],
         }

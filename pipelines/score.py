@@ -7,8 +7,6 @@ them.
 
 import json
 import logging
-import resource
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,58 +28,21 @@ from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import SplitPrompt, read_prompts
 from pipelines.errors import StageFailed
-from pipelines.files import read_json, write_text
+from pipelines.files import write_text
+from pipelines.prescore import PRESCORE_FILE, Ranking, prescore_markdown, rank_arms
 from pipelines.progress import tracked
 from pipelines.report import scorecard_markdown, scorecard_plot
+from pipelines.score_files import PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE_FILE, read_records
 from pipelines.score_plan import ScorePlan, make_score_plan, with_lookahead
 
 logger = logging.getLogger(__name__)
 
-RECORDS_FILE = "records.jsonl"
 SCORE_PLAN_FILE = "score_plan.json"
-SCORECARD_FILE = "scorecard.json"
-TABLE_FILE = "scorecard.md"
-PLOT_FILE = "scorecard.png"
 _WARM_UP_TOKENS = 8
 _SCREEN_RESAMPLES = 500
 _ABOVE_TAU = 1.05
 """Speedup over tau whose lower bound shows a handicapped baseline. Not 1: where a draft proposes next to nothing, both
 arms do the same work, and a few prompts differ by some per cent for no other reason than the machine."""
-
-
-@dataclass(kw_only=True)
-class ScoreConfig:
-    """What is measured.
-
-    Attributes:
-        temperatures: every prompt is decoded at each of these.
-        validation_prompts: per domain, used to choose block lengths and to time the arms before scoring.
-        calibration_prompts: validation prompts per domain that the draft's chances are calibrated on, where the policy
-            goes by them; half are for the fit, half to judge it.
-        screen_after: prompts per domain after which an arm that is clearly slow is measured no further; 0 never.
-        screen_below: an arm counts as clearly slow when the upper end of its speedup's interval over those prompts is
-            below this; its figures stay, from the prompts it has seen.
-        price_per_hour: of this machine, in any currency, for the cost per million tokens; 0 leaves it out.
-        max_prompt_tokens: longer held-out prompts are left out, in tokens.
-    """
-
-    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    validation_prompts: int = 2
-    calibration_prompts: int = 4
-    screen_after: int = 1
-    screen_below: float = 0.8
-    price_per_hour: float = 0.0
-    max_prompt_tokens: int = 768
-
-    def __post_init__(self) -> None:
-        if not self.temperatures or any(t < 0 for t in self.temperatures):
-            raise ValueError(f"score.temperatures is {self.temperatures}; give at least one, none below 0")
-        if self.validation_prompts < 1 or self.screen_after < 0 or self.max_prompt_tokens < 1:
-            raise ValueError("score needs validation_prompts >= 1, screen_after >= 0 and max_prompt_tokens >= 1")
-        if self.calibration_prompts < 2:
-            raise ValueError(
-                f"score.calibration_prompts is {self.calibration_prompts}; use at least 2, one to judge by"
-            )
 
 
 def score_spec(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact]) -> Spec:
@@ -136,26 +97,15 @@ class ScoreError(StageFailed):
     """The measurements cannot be right: a speedup above tau, or greedy output that rounding does not explain."""
 
 
-def read_scorecards(folder: Path) -> list[Scorecard]:
-    """Recompute the scorecards of a score folder from its records."""
-    data = read_json(folder / SCORECARD_FILE)
-    return scorecards(read_records(folder / RECORDS_FILE), price_per_hour=data["price_per_hour"], seed=data["seed"])
-
-
-def read_records(path: Path) -> list[Record]:
-    """Records of a score, a torn last line left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")  # split before decoding: a torn line may end inside a character
-    return [Record.from_json(line.decode("utf-8")) for line in lines[:-1] if line]
-
-
 def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], work: Work) -> None:
     cfg = context.cfg
     arms = load_arms(context, drafts)
     prompts = score_prompts(read_prompts(corpus.path), arms[BASELINE].target, cfg.score.max_prompt_tokens)
     stops = stop_tokens(arms[BASELINE].target)
-    plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
+    ranking = rank_arms(context, arms, prompts["validation"], stops, work.folder / PRESCORE_FILE)
+    arms = arms if ranking is None else ranking.kept(arms)
+    spent = 0.0 if ranking is None else ranking.seconds
+    plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE, spent_seconds=spent)
     measured = plan.measured(context)
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
     warm_up(context, arms, prompts["validation"][0], stops)
@@ -164,7 +114,7 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
     records = read_records(work.folder / RECORDS_FILE)
     cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
     check_scorecards(cards)
-    write_results(work, cards, plan, context, arms)
+    write_results(work, cards, plan, context, arms, ranking=ranking)
 
 
 def load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
@@ -348,23 +298,30 @@ def check_scorecards(cards: list[Scorecard]) -> None:
 
 
 def write_results(
-    work: Work, cards: list[Scorecard], plan: ScorePlan, context: RunContext, arms: dict[str, Arm]
+    work: Work,
+    cards: list[Scorecard],
+    plan: ScorePlan,
+    context: RunContext,
+    arms: dict[str, Arm],
+    *,
+    ranking: Ranking | None = None,
 ) -> None:
-    """Scorecard as data, table and picture; the summary goes into the manifest."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Scorecard as data, table and picture, with the ranking of all candidates where one was made; the summary goes
+    into the manifest."""
     timed = {name: draft_parts(arms[name].drafter, tokens=choice.tokens) for name, choice in plan.blocks.items()}
     parts = {name: found for name, found in timed.items() if found is not None}
     data: dict[str, Any] = {
         "seed": context.cfg.seed,
         "price_per_hour": context.cfg.score.price_per_hour,
-        "peak_process_bytes": max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
         "measured": {name: known.to_json() for name, known in plan.measured(context).items()},
         "draft_parts": parts,
+        "prescore": None if ranking is None else ranking.to_json(),
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")
-    write_text(work.folder / TABLE_FILE, scorecard_markdown(cards, plan.blocks, parts))
+    page = scorecard_markdown(cards, plan.blocks, parts)
+    write_text(work.folder / TABLE_FILE, page if ranking is None else f"{page}\n{prescore_markdown(ranking)}")
     scorecard_plot(cards, work.folder / PLOT_FILE)
     work.metrics["speedup"] = {c.arm: c.speedup.value for c in cards if c.domain == "overall" and c.temperature is None}
     work.metrics["tau"] = {c.arm: c.tau.value for c in cards if c.domain == "overall" and c.temperature is None}

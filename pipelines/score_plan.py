@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.prompts import rank
+from inference.block_length import BlockChoice, choose_block
 from inference.lookahead import Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
-from inference.scoring import Arm, BlockChoice, ScorePrompt, choose_block, score_prompt
+from inference.scoring import Arm, ScorePrompt, score_prompt
 from inference.statistics import BASELINE
 from pipelines.calibrate import calibrate
 from pipelines.context import RunContext
@@ -66,8 +67,19 @@ def make_score_plan(
     prompts: dict[str, list[ScorePrompt]],
     stops: frozenset[int],
     path: Path,
+    *,
+    spent_seconds: float = 0.0,
 ) -> ScorePlan:
-    """Read the plan of an interrupted score, or choose block lengths and count prompts and fix both."""
+    """Read the plan of an interrupted score, or choose block lengths and count prompts and fix both.
+
+    Args:
+        context: of the run.
+        arms: that are scored.
+        prompts: validation and held-out prompts.
+        stops: tokens that end an answer.
+        path: where the plan is kept.
+        spent_seconds: of the time for the score that are gone already.
+    """
     if path.is_file():
         data = read_json(path)
         return ScorePlan(
@@ -91,7 +103,7 @@ def make_score_plan(
             * len(cfg.score.temperatures)
             * _fast_seconds(seconds_per_token, cfg.score.screen_below)
         )
-        left = cfg.budget.score_minutes * 60 - spent
+        left = cfg.budget.score_minutes * 60 - spent_seconds - spent
         screened = cfg.score.screen_after
         # Up to the screening every arm runs; after it, those that are not clearly slow.
         count = screened + int((left / len(groups) - screened * per_prompt) / fast) if screened else 0

@@ -10,32 +10,12 @@ from inference.statistics import BASELINE, Estimate, Scorecard, find_card, speed
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
-from pipelines.score import RECORDS_FILE, read_records, read_scorecards
+from pipelines.score_files import RECORDS_FILE, read_records, read_scorecards
+from pipelines.stage_config import SelectConfig
 
 logger = logging.getLogger(__name__)
 
 DECISION_FILE = "decision.json"
-
-
-@dataclass(kw_only=True)
-class SelectConfig:
-    """Which drafts may win.
-
-    Attributes:
-        temperature: decide on the figures at this temperature; None pools all that were scored.
-        max_draft_mib: largest memory of the draft, weights and caches, in MiB; 0 for no limit.
-        min_alpha: least share of proposed tokens accepted; 0 for no limit.
-    """
-
-    temperature: float | None = None
-    max_draft_mib: float = 0.0
-    min_alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.max_draft_mib < 0 or not 0 <= self.min_alpha <= 1:
-            raise ValueError(
-                f"select needs max_draft_mib >= 0 and min_alpha in [0, 1], got {self.max_draft_mib}, {self.min_alpha}"
-            )
 
 
 @dataclass(frozen=True)

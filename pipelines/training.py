@@ -23,8 +23,10 @@ from distill.drafts import DraftContext, Student, write_spec
 from distill.feature_distillation import FeatureDistillation, covered_mass, draft_vocabulary
 from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
-from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
-from inference.feature_drafts._checkpoint import go_on_from, save_network
+from inference.feature_drafts import FeatureDraftConfig
+from inference.feature_networks import FeatureNetwork, make_network
+from inference.feature_networks._checkpoint import go_on_from, save_network
+from inference.lean import use_plain_layers
 from inference.loading import load_causal_model, load_ends
 from inference.model import CausalModel
 from inference.parallel import load_target
@@ -206,6 +208,8 @@ def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:
         return False
     embedding = target.model.get_input_embeddings()
     target.model.set_input_embeddings(copy.deepcopy(embedding))
+    # What is spread is gathered when a module is called, and lean layers call none.
+    use_plain_layers(target.model)
     spread_frozen(target.model.base_model)
     return True
 
@@ -223,6 +227,7 @@ def _student_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
 
     def student_of() -> Student:
         student: Student = draft.student(context)
+        use_plain_layers(student.model.model)
         target.check_same_vocabulary(student.model, where=f"draft.{lesson.name}")
         return student
 

@@ -11,13 +11,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference.decoder import Decoded, Request, decode
+from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE, Pair, load_pair, read_pair
+from inference.pair import Pair, load_pair
+from inference.pair_files import DEFAULT_CACHE, read_pair
 from inference.randomness import TorchSource
 from inference.records import tokens_digest
-from inference.sampling import SamplingSettings
+from inference.request import Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from inference.scoring import request_seed
 from inference.target import stop_tokens
 from pipelines.exports.parity import check_exports
@@ -38,7 +40,7 @@ class Check:
         arm: name of the draft in the score.
         seed: of the score.
         max_new_tokens: longest answer.
-        top_k: see `inference.sampling.SamplingSettings`.
+        top_k: see `inference.sampling_settings.SamplingSettings`.
         top_p: likewise.
         repetition_penalty: likewise.
         digest: of the emitted tokens.

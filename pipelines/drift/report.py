@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from inference.traffic import Traffic, pair_label, read_traffic
 from pipelines.drift.config import DriftConfig
 from pipelines.drift.fingerprints import fingerprints
@@ -18,7 +18,7 @@ from pipelines.drift.mix import LEARN
 from pipelines.drift.monitor import Alarm, State, alarms, interval, load, observe, references, save
 from pipelines.files import replacing, write_json, write_text
 from pipelines.report import markdown_table
-from pipelines.score import RECORDS_FILE, read_records
+from pipelines.score_files import RECORDS_FILE, read_records
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from inference.drafters import DRAFT_FILE
 from inference.drafters.model import ModelDrafter
 from inference.loading import load_causal_model
 from inference.model import CausalModel
+from inference.pair_files import DRAFT_FILE
 from pipelines.exports.layouts import GAMMA, SERVED_BY_LLAMA_CPP, SERVED_BY_VLLM, Engine, sglang, vllm
 
 NAME = "transformers"

@@ -16,8 +16,8 @@ from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.errors import InputError
-from inference.feature_drafts import FeatureNetwork, PackedBatch
-from inference.feature_drafts._checkpoint import load_network, put_into, vocabulary_digest
+from inference.feature_networks import FeatureNetwork, PackedBatch
+from inference.feature_networks._checkpoint import load_network, put_into, vocabulary_digest
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from inference.pair import Pair

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference.drafters import DRAFT_FILE, read_draft_spec
 from inference.drafters.mixed import INNER_FOLDER
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
+from inference.pair_files import DRAFT_FILE, read_draft_spec
 
 
 @dataclass(frozen=True)

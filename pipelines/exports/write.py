@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from inference.drafters import read_draft_spec
 from inference.embedded import FOLDER_NAME
 from inference.errors import InputError
-from inference.feature_drafts._checkpoint import load_network
+from inference.feature_networks._checkpoint import load_network
 from inference.loading import load_causal_model
-from inference.pair import DEFAULT_CACHE, PAIR_FILE, read_pair
+from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, read_draft_spec, read_pair
 from inference.plugins import plugins
 from inference.statistics import BASELINE
 from inference.target import EMBEDDED, TargetConfig, target_digest

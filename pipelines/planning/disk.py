@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.features import BYTES_PER_NUMBER, bytes_per_token, feature_bytes
 from distill.responses.local import Config as LocalResponses
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from pipelines.planning.machine import GIB
 from pipelines.planning.memory import state_bytes
 from pipelines.planning.shapes import Student, count

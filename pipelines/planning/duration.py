@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.responses.local import Config as LocalResponses
 from inference.errors import InputError
-from inference.feature_drafts._layers import DraftShape
+from inference.feature_networks._layers import DraftShape
 from pipelines.config import RunConfig
 from pipelines.plan import time_generation
 from pipelines.planning.machine import Machine

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from distill.chunked import chunked_objective
 from distill.objectives import Objective, reads_labels
-from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, PackedBatch
+from inference.feature_drafts import FeatureDraftConfig
+from inference.feature_networks import FeatureNetwork, PackedBatch
 from inference.loading import quiet_transformers
 from pipelines.planning.shapes import Sketch, Student
 from train import precision

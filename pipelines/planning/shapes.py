@@ -18,12 +18,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from distill.drafts import pretrained, pruned
 from inference.attention import use_grouped_attention
 from inference.errors import InputError, first_line
-from inference.feature_drafts import Borrowed, FeatureDraftConfig, FeatureNetwork
-from inference.feature_drafts._layers import DraftShape
-from inference.features import check_taps
+from inference.feature_drafts import FeatureDraftConfig
+from inference.feature_networks import Borrowed, FeatureNetwork
+from inference.feature_networks._layers import DraftShape
 from inference.layers import evenly_kept_layers, keep_layers
 from inference.loading import quiet_transformers
 from inference.model import CausalModel
+from inference.taps import check_taps
 from inference.target import EMBEDDED
 from pipelines.config import RunConfig
 

@@ -16,11 +16,11 @@ from distill.drafts.none import Config as NoDraft
 from distill.drafts.pretrained import Config as Pretrained
 from distill.prompts import SourceConfig
 from distill.prompts.jsonl import Config as Jsonl
-from inference.drafters import read_draft_spec
 from inference.drafters.mixed import INNER_FOLDER
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig
-from inference.feature_drafts._checkpoint import CONFIG_FILE, misfit
+from inference.feature_networks._checkpoint import CONFIG_FILE, misfit
+from inference.pair_files import read_draft_spec
 from inference.plugins import plugin
 from inference.statistics import BASELINE
 from pipelines.config import RunConfig

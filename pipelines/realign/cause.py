@@ -16,13 +16,14 @@ import torch
 
 from distill.chat import messages_for, render_prompt
 from distill.prompts.jsonl import Config as Jsonl
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
 from inference.model import CausalModel
 from inference.pair import load_lookahead
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.scoring import ScorePrompt
 from inference.statistics import OVERALL, Estimate
 from inference.target import TargetConfig, stop_tokens, target_digest

@@ -26,18 +26,17 @@ from pipelines.progress import tracked
 from pipelines.realign.candidates import CHALLENGER, Candidates
 from pipelines.realign.gate import PROMOTE, Gate, Verdict, pairings
 from pipelines.score import (
-    RECORDS_FILE,
     SCORE_PLAN_FILE,
     check_scorecards,
     decode_missing,
     load_arms,
-    read_records,
     score_prompts,
     score_spec,
     warm_up,
     whole_records,
     write_results,
 )
+from pipelines.score_files import RECORDS_FILE, read_records
 from pipelines.score_plan import make_score_plan, with_lookahead
 from pipelines.select import DECISION_FILE, Candidate, Decision
 

@@ -21,7 +21,7 @@ from pipelines.files import write_json, write_text
 from pipelines.realign.candidates import CHALLENGER, CHAMPION
 from pipelines.realign.config import GateConfig
 from pipelines.realign.gate import GIVE_UP, KEEP, PROMOTE, Pairing, decide, pairings
-from pipelines.score import RECORDS_FILE, read_records
+from pipelines.score_files import RECORDS_FILE, read_records
 
 DOMAINS = ("chat", "code", "maths")
 GAINS = (-0.05, 0.0, 0.02, 0.05, 0.10)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from inference.target import target_digest
 from inference.traffic import TrafficRecord, read_traffic
 from pipelines.artifacts import Artifact, Store

@@ -5,15 +5,11 @@ import logging
 import sys
 from pathlib import Path
 
-from inference.decoder import Request
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE
-from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.pair_files import DEFAULT_CACHE
 from inference.traffic import TrafficConfig
 from pipelines.server.auth import TOKEN_VARIABLE, check_exposure, token_from_environment
 from pipelines.server.settings import Limits, PairSettings, ServerSettings
-from pipelines.server.versions import load_version
 
 _CHECK_PROMPT, _CHECK_TOKENS = "Why is the sky blue?", 32
 
@@ -190,6 +186,11 @@ def _log_to_stderr(*, quiet: bool) -> None:
 
 def _check(settings: PairSettings) -> int:
     """Load the pair and answer one prompt; the text goes to stdout."""
+    from inference.randomness import TorchSource
+    from inference.request import Request
+    from inference.sampling_settings import SamplingSettings
+    from pipelines.server.versions import load_version
+
     version = load_version(settings)
     pair = version.pair
     prompt = pair.prompt_tokens(_CHECK_PROMPT)

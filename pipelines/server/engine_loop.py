@@ -15,8 +15,8 @@ from queue import Empty, SimpleQueue
 import torch
 
 from inference.batch.engine import BatchEngine, Handle, Outcome
-from inference.decoder import Decoded, Request
 from inference.randomness import TorchSource
+from inference.request import Decoded, Request
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from pathlib import Path
 import httpx
 import torch
 
-from inference.decoder import Request
 from inference.errors import InputError
-from inference.pair import DEFAULT_CACHE
+from inference.pair_files import DEFAULT_CACHE
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.scoring import explain_mismatch
 from pipelines.files import write_json
 from pipelines.server.settings import PairSettings

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from inference.decoder import Decoded
+from inference.request import Decoded
 
 REASONS = ("stop", "length", "abort", "error")
 _LABELS = ("model_name", "engine")

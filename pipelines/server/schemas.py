@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from inference.decoder import Request
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from pipelines.server.errors import ApiError, invalid
 
 MOST_STOPS, LONGEST_STOP, MOST_PROMPTS = 4, 256, 64

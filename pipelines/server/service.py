@@ -15,9 +15,9 @@ from functools import partial
 import jinja2
 
 from inference.batch.engine import BatchEngine
-from inference.decoder import Request
 from inference.errors import InputError, first_line
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.traffic import TrafficLog, record_from
 from pipelines.server.answers import Answer, Answers
 from pipelines.server.engine_loop import EngineLoop, Job, Update

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from inference.pair import DEFAULT_CACHE
+from inference.pair_files import DEFAULT_CACHE
 from inference.traffic import TrafficConfig
 
 

@@ -11,7 +11,8 @@ from inference.batch.engine import BatchEngine
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError, first_line
 from inference.lookahead.fixed import FixedLookahead
-from inference.pair import PAIR_FILE, Pair, load_pair
+from inference.pair import Pair, load_pair
+from inference.pair_files import PAIR_FILE
 from inference.target import stop_tokens
 from inference.traffic import pair_label
 from pipelines.server.settings import PairSettings

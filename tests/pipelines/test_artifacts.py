@@ -51,8 +51,24 @@ def test_a_manifest_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:
     assert len(manifest["code"]["source"]) == 64
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["created"])
     assert manifest["argv"]
+    took = manifest["took"]
+    assert took.keys() == {"seconds", "resident_bytes", "device_bytes", "since_start", "resumed"}
+    assert 0 <= took["seconds"] < 60 and took["resident_bytes"] > 2**20 and took["resumed"] is False
     assert work.artifact is not None and work.folder == work.artifact.path
     work.artifact.verify()
+
+
+def test_what_it_took_is_no_part_of_it_and_tells_a_resumed_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Store(tmp_path / "resumed").create(spec()) as work:
+        write(work)
+        raise KeyboardInterrupt
+    for place in ("resumed", "whole"):
+        with Store(tmp_path / place).create(spec()) as work:
+            write(work)
+    resumed, whole = (Store(tmp_path / place).find(spec()) for place in ("resumed", "whole"))
+    assert resumed is not None and whole is not None
+    assert (resumed.manifest["took"]["resumed"], whole.manifest["took"]["resumed"]) == (True, False)
+    assert resumed.digest == whole.digest
 
 
 def test_the_key_is_made_of_everything_that_decides_the_result() -> None:

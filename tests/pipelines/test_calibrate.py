@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from inference import calibration, reliability
+from inference.block_length import decode_validation
 from inference.drafters import Drafter
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.lookahead import Chances, RecordingLookahead
 from inference.lookahead.fixed import FixedLookahead
-from inference.sampling import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, decode_validation
+from inference.lookup_settings import LookupSettings
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt
 from pipelines.calibrate import _halves, calibrate
-from pipelines.score import ScoreConfig
+from pipelines.stage_config import ScoreConfig
 from tests.inference.law import tiny_model
 
 VOCAB = 12

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from inference.decoder import PARTS
+from inference.block_length import BlockChoice
 from inference.errors import InputError
 from inference.records import Mismatch, Record
-from inference.scoring import BlockChoice
+from inference.request import PARTS
 from inference.statistics import scorecards
 from pipelines.score import ScoreError, check_scorecards, slow_arms, whole_records
 from pipelines.score_plan import ScorePlan
-from pipelines.select import Decision, SelectConfig, check_temperature, decide
+from pipelines.select import Decision, check_temperature, decide
+from pipelines.stage_config import SelectConfig
 
 MIB = 2**20
 TOKENS = 60

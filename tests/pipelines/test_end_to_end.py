@@ -80,6 +80,21 @@ def test_the_summary_names_decision_pair_and_report(finished: Finished) -> None:
     assert f"decision  {decision['winner']}: {decision['reason']}" in finished.out
     assert f"pair      {finished.place.versions / 'v1'} (alias {finished.place.champion})" in finished.out
     assert "scorecard.md" in finished.out and "training pruned: 6 steps" in finished.out
+    assert "what each stage took when it was made" in finished.out
+
+
+def test_what_each_stage_took_is_kept_and_shown(finished: Finished) -> None:
+    stages = read(finished.place.champion / "stages.json")
+    builds = [f"build: {name}" for name in ("none", "lookup", "pruned")]
+    assert list(stages) == ["plan", "corpus", *builds, "score", "select", "publish", "publish: fresh process"]
+    corpus = read(finished.place.only("corpus") / "manifest.json")["took"]
+    assert stages["corpus"] == corpus
+    report = (finished.place.champion / "report.html").read_text()
+    for stage, took in stages.items():
+        assert took["seconds"] >= 0 and took["resident_bytes"] > 2**25, "torch alone holds more"
+        assert f'<th scope="row">{stage}</th><td>{took["seconds"]:.1f}</td>' in report
+    assert stages["publish"]["seconds"] > stages["publish: fresh process"]["seconds"]
+    assert f"score {finished.place.only('score').name}: made in" in finished.out
 
 
 def test_the_model_card_says_what_was_measured_and_how_to_use_it(finished: Finished) -> None:
@@ -102,6 +117,7 @@ def test_a_second_run_skips_everything_and_says_so(finished: Finished, tmp_path:
     for kind, count in {"plan": 1, "corpus": 1, "draft": 3, "score": 1, "select": 1}.items():
         assert sum(line.startswith(f"{kind} ") and "unchanged, skipped" in line for line in text.splitlines()) == count
     assert "publish: unchanged, skipped" in text
+    assert "what each stage took when it was made" in text and "build: pruned" in text
     assert contents(finished.place.artifacts) | contents(finished.place.registry) == before
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +20,21 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from distill.corpus import Sample, read_shards
 from distill.features import FeatureShards, capture_features
-from inference.decoder import Request, decode
+from inference.decoder import decode
 from inference.device_profile import WIDTHS, DeviceProfile
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
-from inference.feature_drafts import make_network
-from inference.feature_drafts._checkpoint import go_on_from, save_network
-from inference.feature_drafts._layers import DraftShape
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_drafts.medusa import Config as Medusa
+from inference.feature_networks import make_network
+from inference.feature_networks._checkpoint import go_on_from, save_network
+from inference.feature_networks._layers import DraftShape
 from inference.loading import load_causal_model
 from inference.lookahead.fixed import FixedLookahead
 from inference.pair import load_pair
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import stop_tokens
 from pipelines import capturing, config, corpus, finish, plan, publish, select, training, verify
 from pipelines.artifacts import Artifact, Store
@@ -41,6 +43,7 @@ from pipelines.select import Decision, decide
 from tests.pipelines.conftest import Finished
 from tests.pipelines.forked import Runner, kill_group, wait_until_there
 from tests.pipelines.tiny import Workplace, contents, read, records, run, token_digests
+from train.memory import Took
 
 KINDS = ("dspark", "dflash", "eagle3")
 HIDDEN = 64  # of the tiny target
@@ -247,7 +250,9 @@ def test_so_does_a_pair_with_a_draft_of_another_kind(
     monkeypatch.setattr(
         publish,
         "_finish_in_fresh_process",
-        lambda folder, context: repeated.append(finish.finish(folder, exports=["all"], cache=place.cache)),
+        lambda folder, context: (
+            repeated.append(finish.finish(folder, exports=["all"], cache=place.cache)) or asdict(Took(0.0, 0, 0, False))
+        ),
     )
     text, code = run(place.words(*THREE, stage="publish"))
     assert code == 0, text

@@ -10,8 +10,9 @@ import pytest
 from inference.batch.load import BATCH, CLOSED, POISSON, LoadRun, Point, Trace
 from inference.statistics import BASELINE
 from pipelines import cli, load_bench
-from pipelines.load import LoadConfig, arrival_rate, num_blocks, read_runs, whole_blocks
+from pipelines.load import arrival_rate, num_blocks, read_runs, whole_blocks
 from pipelines.select import Decision
+from pipelines.stage_config import LoadConfig
 from tests.inference.test_batch_load import made_run
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import Workplace, read, run

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.scoring import BlockChoice
+from inference.block_length import BlockChoice
 from inference.statistics import Estimate, Scorecard, scorecards
 from pipelines.report import interval, markdown_table, scorecard_markdown, scorecard_plot, scorecard_rows
 from tests.pipelines.test_decisions import Made, made

@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from pipelines.locks import registry_lock
 from tests.pipelines.forked import Runner, kill_group, wait_until_there
 from tests.pipelines.tiny import Workplace, contents, read, run, token_digests
+from train.memory import Took
 
 SETTLED = (
     "draft=[none,pruned]",
@@ -205,7 +207,8 @@ def test_what_a_killed_publication_left_aside_is_cleared_away(
     from pipelines import publish
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(publish, "_finish_in_fresh_process", lambda *_: None)  # shown elsewhere; seconds
+    took = asdict(Took(0.0, 0, 0, False))
+    monkeypatch.setattr(publish, "_finish_in_fresh_process", lambda *_: took)  # shown elsewhere; seconds
     place = Workplace(tmp_path / "place", unbroken.cache)
     shutil.copytree(unbroken.root, place.root, symlinks=True)
     shutil.rmtree(place.registry)

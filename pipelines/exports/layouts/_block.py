@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from inference.errors import InputError
-from inference.feature_drafts import FeatureNetwork
-from inference.feature_drafts._block import TOKEN, BlockConfig, BlockNetwork
+from inference.feature_drafts._block import TOKEN, BlockConfig
 from inference.feature_drafts.dflash import Config as DFlashConfig
 from inference.feature_drafts.dspark import Config as DSparkConfig
+from inference.feature_networks import FeatureNetwork
+from inference.feature_networks._block import BlockNetwork
 from inference.model import CausalModel
 from inference.unused_tokens import unused_token
 from pipelines.exports.layouts._shared import rebuilt, vocabulary_tensors

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from inference.errors import InputError
-from inference.feature_drafts import FeatureNetwork
 from inference.feature_drafts.eagle3 import Config
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts._shared import rebuilt, vocabulary_tensors
 from pipelines.exports.source import Source

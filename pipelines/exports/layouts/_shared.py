@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inference.errors import InputError, first_line
-from inference.feature_drafts import Borrowed, FeatureDraftConfig, FeatureNetwork
-from inference.feature_drafts._layers import DraftShape
-from inference.features import check_taps
+from inference.feature_drafts import FeatureDraftConfig
+from inference.feature_networks import Borrowed, FeatureNetwork
+from inference.feature_networks._layers import DraftShape
 from inference.model import CausalModel, OutputHead
+from inference.taps import check_taps
 from pipelines.exports.source import Source
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

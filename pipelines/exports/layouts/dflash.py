@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import (
     GAMMA,

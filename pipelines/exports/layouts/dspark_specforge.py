@@ -6,7 +6,7 @@ SGLang reads it. vLLM takes the architecture's name and then misses `markov_rank
 from pathlib import Path
 from typing import Any
 
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import GAMMA, READ_BY_SGLANG, Engine, sglang
 from pipelines.exports.layouts._block import (

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import LOADED_BY_VLLM, SERVED_BY_LLAMA_CPP, Engine, llama_cpp, vllm
 from pipelines.exports.layouts._block import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts import GAMMA, SERVED_BY_LLAMA_CPP, SERVED_BY_VLLM, Engine, llama_cpp, sglang, vllm
 from pipelines.exports.layouts._eagle3 import aux_layers, layer_tensors, norms_heads, read_eagle3

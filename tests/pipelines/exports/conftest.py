@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.feature_drafts import FeatureDraftConfig, FeatureNetwork, make_network
+from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
+from inference.feature_networks import FeatureNetwork, make_network
 from inference.loading import load_causal_model
 from inference.model import CausalModel
 from pipelines.exports.source import Source

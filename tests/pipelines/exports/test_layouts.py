@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference.errors import InputError
-from inference.feature_drafts import FeatureNetwork
+from inference.feature_networks import FeatureNetwork
 from inference.model import CausalModel
 from pipelines.exports.layouts._shared import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.exports.parity import TOLERANCE, block_gap

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inference.pair import PAIR_FILE
+from inference.pair_files import PAIR_FILE
 from pipelines.files import sha256_bytes
 from pipelines.pairs.digests import seal
 from pipelines.registry import CHAMPION, move_alias, next_version

@@ -217,8 +217,6 @@ def test_verify_needs_a_name_or_all(root: Path) -> None:
 
 def test_decode_repeats_the_stored_requests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        "pipelines.pairs.checking.verify", lambda folder, *, cache, device: asked.append((folder, device)) or 3
-    )
+    monkeypatch.setattr("pipelines.verify.verify", lambda folder, *, cache, device: asked.append((folder, device)) or 3)
     assert pairs(root, "verify", "pair", "--decode", "--device", "cpu") == 0
     assert asked == [(root / "pair" / "v2", "cpu")]

@@ -13,7 +13,7 @@ import pytest
 from fsspec.registry import known_implementations
 
 from inference.errors import InputError
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from pipelines import cli
 from pipelines.files import sha256_file
 from pipelines.locks import RegistryBusy, registry_lock

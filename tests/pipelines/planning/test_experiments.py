@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_module
 
 from distill.objectives import _divergences
-from inference.features import default_taps
+from inference.taps import default_taps
 from pipelines import config
 from pipelines.planning.figures import Planning
 from pipelines.planning.report import as_data

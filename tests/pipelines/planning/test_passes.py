@@ -14,7 +14,8 @@ from distill.drafts import pruned
 from distill.feature_distillation import FeatureDistillation
 from distill.objectives import forward_kl, lk, mix
 from inference.attention import use_grouped_attention
-from inference.feature_drafts import FeatureDraftConfig, dflash, dspark, eagle3, make_network, medusa
+from inference.feature_drafts import FeatureDraftConfig, dflash, dspark, eagle3, medusa
+from inference.feature_networks import make_network
 from inference.layers import keep_layers
 from inference.model import CausalModel
 from pipelines.planning.passes import Conversation, Meter, forward_flops, step_cost

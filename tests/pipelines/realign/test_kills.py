@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.pair import read_pair
+from inference.pair_files import read_pair
 from pipelines.files import sha256_file
 from pipelines.realign.cycle import FOLDER, PROMOTED, history, open_cycle
 from pipelines.registry import alias_target, read_events, versions

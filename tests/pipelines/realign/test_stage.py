@@ -34,7 +34,13 @@ DRAFT = (
     "lookahead.tokens=2",
     "decode.max_new_tokens=8",
 )
-CYCLE = ("realign.responses=16", "realign.cause_prompts=2", "realign.gate.max_prompts=3", "realign.cooldown_hours=0")
+CYCLE = (
+    "realign.responses=16",
+    "realign.cause_prompts=2",
+    "realign.gate.max_prompts=3",
+    "realign.cooldown_hours=0",
+    "score.decode_best=1",  # a gate measures both of its drafts whatever a score would leave out
+)
 
 
 @pytest.fixture(scope="session")

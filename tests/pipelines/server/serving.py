@@ -17,9 +17,9 @@ import httpx
 import openai
 
 from inference.batch.engine import BatchEngine
-from inference.decoder import Request
 from inference.randomness import TorchSource
-from inference.sampling import SamplingSettings
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import target_digest
 from pipelines.server.running import Running, listening
 from pipelines.server.settings import Limits, PairSettings, ServerSettings

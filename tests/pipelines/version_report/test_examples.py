@@ -12,13 +12,14 @@ import torch
 from transformers import AutoTokenizer
 
 from inference.drafters import Proposal, ReadsFeatures
-from inference.drafters.lookup import LookupDrafter, LookupSettings
+from inference.drafters.lookup import LookupDrafter
 from inference.errors import InputError
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookup_settings import LookupSettings
 from inference.pair import Generated, Pair, load_pair
 from inference.randomness import TorchSource
 from inference.records import tokens_digest
-from inference.sampling import SamplingSettings
+from inference.sampling_settings import SamplingSettings
 from inference.scoring import request_seed
 from inference.target import target_digest
 from pipelines.verify import Check, repeat

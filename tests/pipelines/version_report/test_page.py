@@ -89,8 +89,8 @@ def test_the_first_thing_it_says_is_who_won_by_how_much_against_what_and_where(f
 
 
 def test_sections_come_in_the_order_a_reader_wants_and_are_linked(full: str) -> None:
-    expected = "advice candidates speed acceptance domains seconds load cost examples reliability learning history use"
-    assert headings(full) == [*expected.split(), "lineage"]
+    expected = "advice candidates speed acceptance domains seconds load cost examples reliability learning stages"
+    assert headings(full) == [*expected.split(), "history", "use", "lineage"]
     assert re.findall(r'<li><a href="#(.*?)">', full) == headings(full)
 
 
@@ -129,6 +129,18 @@ def test_examples_tell_kinds_apart_by_more_than_colour(full: str) -> None:
     assert ".rejected{" in full and "line-through" in full and "dotted" in full
 
 
+def test_stages_show_seconds_and_memory_and_what_is_to_be_known_of_them(full: str) -> None:
+    start = full.index('<h2 id="stages">')
+    section = full[start : full.index("</section>", start)]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", section)]
+    assert rows == [
+        ["stage", "seconds", "peak memory, MiB", "peak on the GPU, MiB", "note"],
+        ["corpus", "12.3", "300", "-", ""],
+        ["build: fast", "12.3", "300", "50", "after its last resume"],
+        ["publish", "12.3", "300", "-", "most memory since the process began"],
+    ]
+
+
 def test_exports_history_and_costs_are_there(full: str) -> None:
     text = html.unescape(full)
     assert "TARGET=org/some-target\nDRAFT=" in text and "vllm serve $TARGET" in text
@@ -140,7 +152,7 @@ def test_exports_history_and_costs_are_there(full: str) -> None:
 
 def test_a_bare_version_leaves_out_what_it_lacks(tmp_path: Path) -> None:
     page = render(read_contents(write_version(tmp_path)))
-    missing = {"load", "examples", "reliability", "learning", "history"}
+    missing = {"load", "examples", "reliability", "learning", "stages", "history"}
     assert not missing & set(headings(page)) and len(headings(page)) == 9
     assert "No price per hour was given" in page and "--price-per-hour" in page
     read(page)

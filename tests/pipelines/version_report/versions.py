@@ -9,7 +9,8 @@ from typing import Any
 from inference.statistics import scorecards
 from pipelines.realign.cycle import Ended, end
 from pipelines.registry import move_alias
-from pipelines.select import SelectConfig, decide
+from pipelines.select import decide
+from pipelines.stage_config import SelectConfig
 from tests.pipelines.test_decisions import Made, made
 
 NAME, VERSION = "pair", "v1"
@@ -66,6 +67,9 @@ def write(path: Path, data: Any) -> None:
 def add_everything(folder: Path, root: Path) -> None:
     """Every part a version may have besides, and a history in its registry."""
     write(folder / "training.json", {"slow": {"steps": 5, "tokens": 50, "seconds": 30.0}, "fast": {"seconds": 10.0}})
+    took = {"seconds": 12.34, "resident_bytes": 300 * 2**20, "device_bytes": 0, "since_start": False}
+    on_gpu = {**took, "device_bytes": 50 * 2**20, "resumed": True}
+    write(folder / "stages.json", {"corpus": took, "build: fast": on_gpu, "publish": {**took, "since_start": True}})
     rows: list[dict[str, float]] = [{"step": s, "loss": 5.0 / s, "acceptance": 0.1 * s} for s in (1, 2, 3)]
     write(folder / "history.json", [*rows, {"step": 3, "eval/acceptance": 0.25}])
     write(folder / "calibration-fast.json", {"positions": [position(1), position(2)]})

@@ -1,0 +1,196 @@
+"""Rounds captured as graphs on a GPU: a feature draft against target-only decoding captured with the same care.
+
+Both arms replay one graph a round and look once, at what it emitted. Every block length up to the draft's own is an
+arm of its own, so that the table shows which pays; the goal is held against the draft's own length.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from inference.drafters.feature import FeatureDrafter
+from inference.drafters.none import NoDrafter
+from inference.feature_networks import FeatureNetwork
+from inference.feature_networks._checkpoint import load_network
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.rounds import Rounds
+from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel
+from inference.records import Record
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt, score_prompt
+from inference.statistics import BASELINE, Estimate, find_card, scorecards
+from inference.target import stop_tokens
+from pipelines.bench.bench import Bench
+from pipelines.bench.outcome import Figure, Goal, Outcome
+from pipelines.bench.rows.overhead import SEED_DRAFT
+from pipelines.progress import tracked
+
+GOAL = Goal(3.0)
+_REPLAYS = 50
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What is decoded.
+
+    Attributes:
+        kind: this row.
+        temperatures: 0 is greedy.
+        blocks: tokens proposed a round, an arm each; 0 for the draft's own length.
+        capacity: positions of a request.
+        compiled: fuse kernels before they are captured; a minute for each arm and temperature.
+        profile: kernels listed of a round, by the time they take; 0 for none.
+    """
+
+    kind: str = "captured"
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    blocks: list[int] = field(default_factory=lambda: [2, 3, 0])
+    capacity: int = 512
+    compiled: bool = False
+    profile: int = 3
+
+    def run(self, bench: Bench) -> Outcome:
+        """Measure; on a CPU nothing is.
+
+        Raises:
+            InputError: a draft that reads no features.
+        """
+        if bench.device.type != "cuda":
+            return Outcome([], notes=["not run: captured rounds are for a GPU"])
+        target = bench.target(bench.block_precision)
+        network = _network(bench, target)
+        lengths = sorted({min(length or network.block, network.block) for length in self.blocks})
+        arms = [_arm(BASELINE, target, None, self, 0)]
+        arms += [_arm(f"draft-{length}", target, network, self, length) for length in lengths]
+        prompts = bench.prompts()
+        for prompt in prompts[:2]:
+            self._scored(bench, arms, prompt)
+        records = [
+            record
+            for prompt in tracked(prompts, self.kind, unit="prompts")
+            for record in self._scored(bench, arms, prompt)
+        ]
+        cards = scorecards(records, seed=bench.options.seed)
+        figures = []
+        for arm, temperature in itertools.product(arms[1:], self.temperatures):
+            card = find_card(cards, arm.name, temperature=temperature)
+            domains = sorted({record.domain for record in records})
+            apart = {d: find_card(cards, arm.name, domain=d, temperature=temperature) for d in domains}
+            macro = statistics.fmean(own.speedup.value for own in apart.values())
+            own_length = arm is arms[-1] and temperature == 0.0
+            figures.append(
+                Figure(
+                    f"{arm.name} over target-only, T={temperature:g}",
+                    card.speedup,
+                    goal=GOAL if own_length else None,
+                    detail={
+                        "macro over domains": macro,
+                        "tau": str(card.tau),
+                        "tokens_per_s": str(card.tokens_per_s),
+                        **{d: f"speedup {own.speedup}, tau {own.tau}" for d, own in apart.items()},
+                    },
+                )
+            )
+        notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
+        for arm in arms:
+            seconds, kernels = self._round_seconds(arm)
+            figures += [_milliseconds(f"{arm.name}: {part} of a round", value) for part, value in seconds.items()]
+            notes.append(f"{arm.name}: {kernels}")
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        figures.append(Figure("peak memory of the device", Estimate(peak, None, None), unit="MiB"))
+        mismatched = [record for record in records if record.mismatch is not None]
+        if target.precision == "fp32" and mismatched:
+            notes.append(f"{len(mismatched)} greedy answers differ in fp32: not lossless")
+        near = sum(record.mismatch is not None and record.mismatch.near_tie for record in records)
+        notes.append(f"greedy answers that differ from target-only: {len(mismatched)}, of them near ties {near}")
+        return Outcome(figures, records, notes)
+
+    def _scored(self, bench: Bench, arms: list[Arm], prompt: ScorePrompt) -> list[Record]:
+        """One prompt under all arms, in shuffled order, at every temperature."""
+        return [
+            record
+            for temperature in self.temperatures
+            for record in score_prompt(
+                arms,
+                prompt,
+                settings=SamplingSettings(temperature=temperature),
+                max_new_tokens=bench.options.max_new_tokens,
+                stop_tokens=stop_tokens(arms[0].target),
+                seed=bench.options.seed,
+            )
+        ]
+
+    def _round_seconds(self, arm: Arm) -> tuple[dict[str, float], str]:
+        """Seconds of a greedy round and of its parts, captured apart, and its longest kernels in words."""
+        assert arm.captured is not None, "all arms are captured"
+        rounds = arm.captured.rounds
+        shown = rounds.shown(self.capacity // 2 - rounds.block - 1)
+
+        def whole() -> None:
+            rounds.lengths.fill_(self.capacity // 4)
+            if rounds.context is not None:
+                rounds.context.held.fill_(self.capacity // 4)
+            rounds.round(shown=shown, sampled=False)
+
+        seconds = {"whole": _timed(whole)}
+        words = "no profile" if not self.profile else _kernels(whole, self.profile)
+        if rounds.block:
+            parts = {name: _timed(part) for name, part in rounds.parts(shown=shown, sampled=False).items()}
+            seconds |= {**parts, "rest": seconds["whole"] - sum(parts.values())}
+        return seconds, words
+
+
+def _network(bench: Bench, target: CausalModel) -> FeatureNetwork:
+    """Of the pair, or the draft that comes with dspark."""
+    folder = SEED_DRAFT if bench.options.pair is None else bench.options.pair / "draft"
+    if bench.options.draft is not None:
+        folder = bench.options.draft
+    return load_network(folder, target, precision=target.precision)
+
+
+def _arm(name: str, target: CausalModel, network: FeatureNetwork | None, config: Config, block: int) -> Arm:
+    """A captured arm; the draft's own drafter gives its name and bytes."""
+    rounds = Rounds(target, network, block=block, capacity=config.capacity, compiled=config.compiled)
+    drafter = NoDrafter() if network is None else FeatureDrafter(network)
+    return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
+
+
+def _timed(work: Callable[[], None]) -> float:
+    """Lower quartile of the seconds of one replay, ten in a row at a time."""
+    work()
+    seconds = []
+    for _ in range(_REPLAYS // 10):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(10):
+            work()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began) / 10)
+    return statistics.quantiles(seconds, n=4)[0]
+
+
+def _kernels(work: Callable[[], None], count: int) -> str:
+    """The kernels a round spends most on, with their share of all kernels' time."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(5):
+            work()
+        torch.cuda.synchronize()
+    events: list[Any] = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) or 1.0
+    named = [
+        f"{event.key[:60]} {event.self_device_time_total / total:.0%} ({event.count // 5} a round)"
+        for event in events[:count]
+    ]
+    launched = sum(event.count for event in events) // 5
+    return f"{launched} kernels, {total / 5e3:.2f} ms a round; " + ", ".join(named)
+
+
+def _milliseconds(name: str, seconds: float) -> Figure:
+    return Figure(name, Estimate(1e3 * seconds, None, None), unit="ms")
