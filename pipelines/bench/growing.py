@@ -35,8 +35,8 @@ class Growth:
         return means
 
     def curve(self, scale: float = 1.0) -> Curve:
-        """For a picture."""
-        return Curve(self.name, self.sizes, [scale * seconds for seconds in self.means()])
+        """For a picture, whose axis says by what it grows."""
+        return Curve(self.name.partition(", by ")[0], self.sizes, [scale * seconds for seconds in self.means()])
 
     def figure(self, *, goal: Goal | None, seed: int) -> Figure:
         """The exponent over all sizes, and in the detail the one of the last step, which no constant part hides."""

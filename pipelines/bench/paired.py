@@ -143,7 +143,7 @@ def exponent_beyond_first(sizes: Sequence[float], seconds: Array, *, seed: int =
     for row in means[:, 1:] - means[:, :1]:
         kept = row > 0
         found.append(float(_slopes(more[kept], np.log(row[kept])[None])[0]) if kept.sum() > 1 else math.nan)
-    return boot.estimate(np.array(found))
+    return Estimate(math.nan, None, None) if math.isnan(found[0]) else boot.estimate(np.array(found))
 
 
 def _rounds(seconds: Array, seed: int) -> Bootstrap:

@@ -94,6 +94,7 @@ def draw(picture: Picture, path: Path) -> None:
     panel.set_xlabel(picture.x_label)
     panel.set_ylabel(picture.y_label)
     panel.set_title(picture.title, fontsize=10.5)
-    panel.legend(frameon=False, fontsize=8.5)
+    # Below the panel, where it lies on no curve.
+    canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     with replacing(path) as aside:
         canvas.savefig(aside, dpi=150, format="png")

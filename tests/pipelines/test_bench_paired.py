@@ -41,15 +41,15 @@ def test_all_arms_do_a_unit_before_any_does_the_next_in_shuffled_order() -> None
 
         return run
 
-    units = {f"u{number}": number for number in range(20)}
+    units = {f"u{number}": number for number in range(12)}
     samples = interleaved(units, {"x": arm("x"), "y": arm("y")}, title="t", unit="units", seed=0)
     assert calls[:2] == [("x", 0), ("y", 0)]  # the warm-up, not counted
     counted = calls[2:]
-    assert [unit for _, unit in counted] == [number for number in range(20) for _ in range(2)]
-    first = [counted[2 * number][0] for number in range(20)]
-    assert 4 < first.count("x") < 16
+    assert [unit for _, unit in counted] == [number for number in range(12) for _ in range(2)]
+    first = [counted[2 * number][0] for number in range(12)]
+    assert 2 < first.count("x") < 10
     assert [(s.arm, units[s.unit]) for s in samples] == counted
-    assert [s.order for s in samples] == [0, 1] * 20
+    assert [s.order for s in samples] == [0, 1] * 12
 
 
 def test_the_clock_is_read_around_the_work_alone() -> None:
@@ -113,8 +113,10 @@ def test_what_context_adds_is_told_from_what_any_pass_costs() -> None:
     seconds = np.array([[1.0 + 0.001 * (size - 64) for size in sizes]] * 3)
     assert exponent(sizes, seconds).value < 0.2
     assert exponent_beyond_first(sizes, seconds).value == pytest.approx(1.0)
-    flat = np.ones((3, 4))
-    assert math.isnan(exponent_beyond_first(sizes, flat).value)
+    # Larger sizes cost less on average, though not in every round: nothing is fitted, whatever a resample says.
+    noisy = np.array([[1.0, 0.5, 0.5, 0.5], [1.0, 1.1, 1.1, 1.1]])
+    found = exponent_beyond_first(sizes, noisy)
+    assert math.isnan(found.value) and found.low is None and found.high is None
 
 
 def test_sizes_are_measured_in_every_round_and_a_surprise_is_seen() -> None:
