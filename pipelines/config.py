@@ -100,7 +100,7 @@ class BudgetConfig:
 
     corpus_minutes: float = 5.0
     training_minutes: float = 6.0
-    score_minutes: float = 7.0
+    score_minutes: float = 5.0
     responses: int | None = None
     score_prompts: int | None = None
 
