@@ -1,4 +1,5 @@
-"""Batched target-only generation, for corpora: left-padded prompts, one cache, finished rows leave the batch.
+"""Batched target-only generation, for corpora: left-padded prompts behind what all of them begin with, one cache,
+finished rows leave the batch.
 
 Not speculative and not the baseline of any comparison. Along with the tokens it can keep the state that entered the
 output head for each of them, which is all that distillation needs of the target later.
@@ -16,6 +17,8 @@ from inference.sampling import process_logits
 from inference.sampling_settings import SamplingSettings
 
 _COMPACT_BELOW = 0.75
+# What prompts have in common is read once for all of them from so many tokens on.
+_FEWEST_SHARED = 8
 
 
 @dataclass
@@ -72,13 +75,15 @@ def generate_batch(
         raise ValueError("batched generation has no repetition penalty; set repetition_penalty=1")
     for prompt in prompts:
         check_prompt_length(len(prompt), model.context_limit)
-    longest = max(len(prompt) for prompt in prompts)
     budgets = [min(max_new_tokens, model.context_limit - len(prompt)) for prompt in prompts]
     steps = max(budgets)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    ids, mask = _left_padded(prompts, device=model.device)
-    # One column per step, so that a pass extends the mask without copying it.
-    mask = torch.cat([mask, mask.new_ones(len(prompts), steps)], dim=1)
+    # A window counts the padding that lies between what is shared and the rest.
+    shared = 0 if _has_windows(model) else _shared_tokens(prompts)
+    ids, mask = _left_padded([prompt[shared:] for prompt in prompts], device=model.device)
+    longest = shared + ids.shape[1]
+    # What all prompts begin with comes first; one column per step, so that a pass extends the mask without copying it.
+    mask = torch.cat([mask.new_ones(len(prompts), shared), mask, mask.new_ones(len(prompts), steps)], dim=1)
     responses = [Response() for _ in prompts]
     kept: list[list[torch.Tensor]] = [[] for _ in prompts]
     tapped: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -86,6 +91,16 @@ def generate_batch(
     cache = model.new_cache()
     prompt_states: list[torch.Tensor] = []
     with model.captured_states() as states, model.tapped(taps) as features:
+        before: torch.Tensor | None = None
+        if shared:
+            before = torch.tensor([prompts[0][:shared]], device=model.device)
+            model.model(input_ids=before, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+            before = states.pop()[0]
+            if taps:
+                rows_of = features.take()[0].to(torch.bfloat16).cpu()
+                for pieces in tapped:
+                    pieces.append(rows_of)
         for step in range(steps):
             width = longest + step
             # Ballast rows may run past the context; where they look does not matter, only that it exists.
@@ -108,7 +123,8 @@ def generate_batch(
             if keep_prompt_states and not step:
                 # What predicted a prompt's tokens; the last row predicted the answer's first.
                 prompt_states = [
-                    states[-1][index, longest - len(prompt) : -1].clone() for index, prompt in enumerate(prompts)
+                    _joined(before, states[-1][index, longest - len(prompt) : -1])
+                    for index, prompt in enumerate(prompts)
                 ]
             states.clear()
             if taps:
@@ -154,6 +170,26 @@ def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Gen
     if settings.greedy:
         return processed.argmax(-1)
     return draw(torch.softmax(processed, dim=-1), generator=generator)
+
+
+def _shared_tokens(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, the last of any left out; 0 where sharing them is not worth a pass."""
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    first = prompts[0]
+    count = next((i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), max(0, shortest))
+    return count if len(prompts) > 1 and count >= _FEWEST_SHARED else 0
+
+
+def _has_windows(model: CausalModel) -> bool:
+    """Whether a layer may see the latest positions alone."""
+    text = model.model.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or ()
+    return bool(getattr(text, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
+
+
+def _joined(before: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """States of what all prompts begin with, and of the rest of one."""
+    return states.clone() if before is None else torch.cat([before, states])
 
 
 def _left_padded(prompts: list[list[int]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,8 +98,8 @@ class BudgetConfig:
         score_prompts: held-out prompts of each domain to score on (None = as many as score_minutes allow).
     """
 
-    corpus_minutes: float = 5.0
-    training_minutes: float = 6.0
+    corpus_minutes: float = 4.0
+    training_minutes: float = 4.5
     score_minutes: float = 5.0
     responses: int | None = None
     score_prompts: int | None = None

@@ -126,3 +126,58 @@ def test_no_hook_outlives_the_batch() -> None:
     model = family_model("llama")
     _generate(model, _prompts(3), taps=[0, EMBEDDING], tokens=2)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
+
+
+@pytest.mark.parametrize("rest", [(1, 1), (1, 9, 4), (6, 6), (2, 17, 3, 8)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "gemma3_text"])
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(name: str, rest: tuple[int, ...]) -> None:
+    model = family_model(name)
+    [begun] = _prompts(11)
+    prompts = [[*begun, *own] for own in _prompts(*rest)]
+    taps = [EMBEDDING, 0, 1]
+    widths: list[tuple[int, int]] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, inputs, named: widths.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    responses = generate_batch(
+        model,
+        prompts,
+        settings=SamplingSettings(),
+        max_new_tokens=8,
+        stop_tokens=NONE,
+        seed=3,
+        keep_states=True,
+        keep_prompt_states=True,
+        taps=taps,
+    )
+    handle.remove()
+    if name == "gemma3_text":
+        # Its windows count columns, padding among them.
+        assert widths[0] == (len(rest), len(begun) + max(rest))
+    else:
+        assert widths[0][0] == 1 and widths[0][1] >= len(begun)
+    for prompt, response in zip(prompts, responses, strict=True):
+        [alone] = generate_batch(
+            model,
+            [prompt],
+            settings=SamplingSettings(),
+            max_new_tokens=8,
+            stop_tokens=NONE,
+            seed=3,
+            keep_states=True,
+            keep_prompt_states=True,
+        )
+        assert response.tokens == alone.tokens
+        torch.testing.assert_close(response.states, alone.states, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(response.prompt_states, alone.prompt_states, rtol=1e-6, atol=1e-6)
+        _check(model, prompt, response, taps=taps)
+
+
+def test_equal_prompts_share_all_but_their_last_token() -> None:
+    model = family_model("llama")
+    [prompt] = _prompts(14)
+    pair = _generate(model, [prompt, prompt], taps=[1], settings=SamplingSettings())
+    [alone] = _generate(model, [prompt], taps=[1], settings=SamplingSettings())
+    assert pair[0].tokens == pair[1].tokens == alone.tokens
+    for response in pair:
+        _check(model, prompt, response, taps=[1])

@@ -140,7 +140,7 @@ class Config:
 
         seconds = {"whole": _timed(whole)}
         words = "no profile" if not self.profile else _kernels(whole, self.profile)
-        if rounds.block:
+        if rounds.block and not self.compiled:
             parts = {name: _timed(part) for name, part in rounds.parts(shown=shown, sampled=False).items()}
             seconds |= {**parts, "rest": seconds["whole"] - sum(parts.values())}
         return seconds, words
