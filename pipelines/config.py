@@ -98,7 +98,7 @@ class BudgetConfig:
         score_prompts: held-out prompts of each domain to score on (None = as many as score_minutes allow).
     """
 
-    corpus_minutes: float = 4.0
+    corpus_minutes: float = 3.5
     training_minutes: float = 4.5
     score_minutes: float = 5.0
     responses: int | None = None

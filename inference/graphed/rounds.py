@@ -114,6 +114,13 @@ class Rounds:
         self.lengths[row] = read
         self.anchors[row] = prompt[-1]
 
+    def prepare(self, *, sampled: bool) -> None:
+        """Capture the rounds of every size that a request may come to, so that none is captured while one waits."""
+        sizes = {self.shown(longest) for longest in range(0, self.capacity, ALIGNMENT)}
+        for shown in sorted(sizes):
+            self.round(shown=shown, sampled=sampled)
+            self.lengths.zero_()
+
     @torch.inference_mode()
     def round(self, *, shown: int, sampled: bool) -> None:
         """One round of all requests; see `emitted`. Nothing waits for the device."""

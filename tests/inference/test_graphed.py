@@ -103,6 +103,16 @@ def test_requests_of_a_batch_do_not_touch_each_other(target: CausalModel) -> Non
         assert answer == wanted.tokens
 
 
+def test_preparing_leaves_no_trace(target: CausalModel) -> None:
+    network = network_for(CONFIGS["eagle3"], target)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    request = Request(settings=SamplingSettings(), max_new_tokens=16)
+    wanted = decoder.decode(prompt(20), request=request, seed=0).tokens
+    for sampled in (False, True):
+        decoder.rounds.prepare(sampled=sampled)
+    assert decoder.decode(prompt(20), request=request, seed=0).tokens == wanted
+
+
 def first_tokens(rounds: Rounds, places: int, temperature: float, draws: int) -> Counter[tuple[int, ...]]:
     """How often each answer of two tokens comes out, over many places of one batch."""
     rounds.temperatures.fill_(temperature)

@@ -69,6 +69,9 @@ class Config:
         arms = [_arm(BASELINE, target, None, self, 0)]
         arms += [_arm(f"draft-{length}", target, network, self, length) for length in lengths]
         prompts = bench.prompts()
+        for arm, temperature in itertools.product(arms, self.temperatures):
+            assert arm.captured is not None, "all arms are captured"
+            arm.captured.rounds.prepare(sampled=temperature > 0.0)
         for prompt in prompts[:2]:
             self._scored(bench, arms, prompt)
         records = [
