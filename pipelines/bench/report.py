@@ -1,5 +1,6 @@
 """Results of the benchmark for people: one Markdown file and log-log pictures. Computes no figure."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def draw(picture: Picture, path: Path) -> None:
     sizes = sorted({size for curve in picture.curves for size in curve.sizes})
     panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
     panel.minorticks_off()
+    values = [value for curve in picture.curves for value in curve.values]
+    ticks = _ticks(min(values), max(values))
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.grid(color=ROLES["--line"], linewidth=0.6)
     panel.set_xlabel(picture.x_label)
     panel.set_ylabel(picture.y_label)
@@ -98,3 +102,12 @@ def draw(picture: Picture, path: Path) -> None:
     canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     with replacing(path) as aside:
         canvas.savefig(aside, dpi=150, format="png")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers of a logarithmic axis from below one value to above another: 1, 2 and 5 of each power of ten."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5)]
+    below = max(tick for tick in every if tick <= low * (1 + 1e-9))
+    above = min(tick for tick in every if tick >= high * (1 - 1e-9))
+    return [tick for tick in every if below <= tick <= above]
