@@ -189,6 +189,8 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
     else:
         load = load_causal_model if company.group else load_target
         target = load(lesson.target_folder, precision=compute, device=device)
+    # One process and several then learn from the same numbers, whether or not they spread the target.
+    use_plain_layers(target.model)
     target.model.requires_grad_(False)
     return target
 
