@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from inference.cache import RollbackCache
 from inference.decoder import check_prompt_length
 from inference.model import CausalModel
 from inference.randomness import draw
@@ -80,7 +81,7 @@ def generate_batch(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     # A window counts the padding that lies between what is shared and the rest.
     shared = 0 if _has_windows(model) else _shared_tokens(prompts)
-    ids, mask = _left_padded([prompt[shared:] for prompt in prompts], device=model.device)
+    ids, mask = left_padded([prompt[shared:] for prompt in prompts], device=model.device)
     longest = shared + ids.shape[1]
     # What all prompts begin with comes first; one column per step, so that a pass extends the mask without copying it.
     mask = torch.cat([mask.new_ones(len(prompts), shared), mask, mask.new_ones(len(prompts), steps)], dim=1)
@@ -93,9 +94,7 @@ def generate_batch(
     with model.captured_states() as states, model.tapped(taps) as features:
         before: torch.Tensor | None = None
         if shared:
-            before = torch.tensor([prompts[0][:shared]], device=model.device)
-            model.model(input_ids=before, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+            _read_for_all(model, prompts[0][:shared], cache, count=len(prompts))
             before = states.pop()[0]
             if taps:
                 rows_of = features.take()[0].to(torch.bfloat16).cpu()
@@ -187,14 +186,24 @@ def _has_windows(model: CausalModel) -> bool:
     return bool(getattr(text, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
 
 
+def _read_for_all(model: CausalModel, tokens: list[int], cache: RollbackCache, *, count: int) -> None:
+    """Feed tokens once and let the cache hold them for `count` requests."""
+    model.model(
+        input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    cache.batch_select_indices(torch.zeros(count, dtype=torch.long, device=model.device))
+
+
 def _joined(before: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
     """States of what all prompts begin with, and of the rest of one."""
     return states.clone() if before is None else torch.cat([before, states])
 
 
-def _left_padded(prompts: list[list[int]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    prompts: Sequence[Sequence[int]], *, device: torch.device, pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both int64 `[batch, longest]`; padding is on the left, so all rows end together."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    ids = [[pad] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

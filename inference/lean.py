@@ -1,5 +1,5 @@
-"""Decoder layers run as a plain row of products, where a layer is of the common make: half of what a pass of a few
-tokens spends outside its products is calls of modules.
+"""Decoder layers run as a plain row of products, where a layer is of the common make: calls of modules take a
+noticeable part of a pass of a few tokens (docs/experiments.md, 2026-11-29).
 
 The common make: two RMS norms, rotary attention of grouped queries, a gated feed-forward. Families are not known by
 name. A layer is taken apart by the names transformers gives to such parts, and kept as it is unless both ways of
@@ -125,6 +125,7 @@ class LeanLayer:
             (part._modules, name, module) for part in (attention, mlp) for name, module in part._modules.items()
         ]
         self._down = _product(mlp.down_proj)
+        self._is_joined = False
 
     def forward(
         self,
@@ -200,8 +201,12 @@ class LeanLayer:
     def join_weights(self) -> None:
         """Let the weights of products that read the same lie in one tensor, of which the layers' own become parts.
 
-        For plain linear layers alone; nothing is held twice.
+        For plain linear layers alone; nothing is held twice. Once: who has captured these products goes on reading the
+        very tensors.
         """
+        if self._is_joined:
+            return
+        self._is_joined = True
         attention, mlp = self._attention, self._mlp
         self._projected = _as_one(attention.q_proj, attention.k_proj, attention.v_proj) or self._projected
         self._gated = _as_one(mlp.gate_proj, mlp.up_proj) or self._gated
@@ -265,7 +270,7 @@ def _width(linear: Any) -> int:
 
 def _product(linear: nn.Module) -> Product:
     """A product; past the module's call where the module is one of ours, on which nobody hangs a hook."""
-    return linear if isinstance(linear, nn.Linear) or hasattr(linear, "weight") else linear.forward
+    return linear if hasattr(linear, "weight") else linear.forward
 
 
 def _joint(*linears: nn.Module) -> Product:

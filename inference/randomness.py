@@ -55,9 +55,21 @@ def draw(probs: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
     Returns:
         int64 `[...]`.
     """
+    uniforms = torch.rand(probs.shape[:-1], dtype=torch.float64, device=probs.device, generator=generator)
+    return drawn(probs, uniforms)
+
+
+def drawn(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The index of each row that a number in [0, 1) stands for; see `draw`.
+
+    Args:
+        probs: `[..., V]`, as `draw` takes them.
+        uniforms: fp64 `[...]`.
+
+    Returns:
+        int64 `[...]`.
+    """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    shape = (*probs.shape[:-1], 1)
-    uniform = torch.rand(shape, dtype=torch.float64, device=probs.device, generator=generator)
-    index = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
+    index = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
     # u < 1, but u * total can round up to the total itself.
     return index.clamp(max=probs.shape[-1] - 1)[..., 0]

@@ -67,7 +67,18 @@ class Decoded:
 
     def count(self, proposal: "Proposal", verdict: "Verdict") -> None:
         """Add one round. A position counts as verified only while all before it were accepted."""
-        num_proposed, num_accepted = len(proposal), verdict.num_accepted
+        self.count_chain(len(proposal), verdict.num_accepted)
+        if verdict.sibling is not None:
+            num_accepted = verdict.num_accepted
+            rank = verdict.sibling - proposal.slots.index(num_accepted)
+            while len(self.siblings) <= num_accepted:
+                self.siblings.append([])
+            ranks = self.siblings[num_accepted]
+            ranks += [0] * (rank + 1 - len(ranks))
+            ranks[rank] += 1
+
+    def count_chain(self, num_proposed: int, num_accepted: int) -> None:
+        """Add one round of a chain alone."""
         self.passes += 1
         self.blocks[num_proposed] = self.blocks.get(num_proposed, 0) + 1
         while len(self.proposed) < num_proposed:
@@ -76,10 +87,3 @@ class Decoded:
         for position in range(min(num_proposed, num_accepted + 1)):
             self.proposed[position] += 1
             self.accepted[position] += position < num_accepted
-        if verdict.sibling is not None:
-            rank = verdict.sibling - proposal.slots.index(num_accepted)
-            while len(self.siblings) <= num_accepted:
-                self.siblings.append([])
-            ranks = self.siblings[num_accepted]
-            ranks += [0] * (rank + 1 - len(ranks))
-            ranks[rank] += 1

@@ -189,7 +189,7 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
     else:
         load = load_causal_model if company.group else load_target
         target = load(lesson.target_folder, precision=compute, device=device)
-    # One process and several then learn from the same numbers, whether or not they spread the target.
+    # A spread target is gathered when a module is called, and lean layers call none; a whole one is to say the same.
     use_plain_layers(target.model)
     target.model.requires_grad_(False)
     return target
@@ -210,8 +210,6 @@ def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:
         return False
     embedding = target.model.get_input_embeddings()
     target.model.set_input_embeddings(copy.deepcopy(embedding))
-    # What is spread is gathered when a module is called, and lean layers call none.
-    use_plain_layers(target.model)
     spread_frozen(target.model.base_model)
     return True
 

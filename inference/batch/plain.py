@@ -16,6 +16,7 @@ from inference.attention import GROUPED, use_grouped_attention
 from inference.batch.load import Asked, Served, Trace
 from inference.batch.timing import Clock, clocked, timed_passes
 from inference.decoder import up_to_stop
+from inference.generation import left_padded
 from inference.model import CausalModel
 from inference.records import tokens_digest
 
@@ -41,13 +42,9 @@ def plain_generate(
     request = asked[0].request
     if not request.settings.greedy or any(one.request != request for one in asked):
         raise ValueError("transformers' generate is compared on greedy requests that ask for the same")
-    longest = max(one.prompt.shape[0] for one in asked)
     pad = min(request.stop_tokens, default=0)
-    ids = torch.full((len(asked), longest), pad, device=model.device)
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(asked):
-        ids[row, longest - one.prompt.shape[0] :] = one.prompt
-        mask[row, longest - one.prompt.shape[0] :] = 1
+    ids, mask = left_padded([one.prompt.tolist() for one in asked], device=model.device, pad=pad)
+    longest = ids.shape[1]
     now = clocked(model.device, clock)
     generating: Any = model.model  # only some classes of transformers' own declare `generate`
     with _own_attention(model.model), timed_passes(model, clock=clock) as timer:

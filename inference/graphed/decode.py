@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from inference.decoder import Clock, check_prompt_length, up_to_stop
+from inference.drafters._token import plain
 from inference.graphed.rounds import Rounds
 from inference.request import Decoded, Request
 
@@ -48,7 +49,7 @@ class GraphedDecoder:
             ValueError: settings that these rounds do not follow.
         """
         rounds, settings = self.rounds, request.settings
-        if not follows(request):
+        if not plain(settings):
             raise ValueError("captured rounds know temperatures alone")
         limit = min(rounds.target.target.context_limit, rounds.capacity - rounds.block)
         check_prompt_length(prompt.shape[0], limit)
@@ -73,7 +74,7 @@ class GraphedDecoder:
             numbers = self._host.tolist()
             count = numbers[-1]
             length += count
-            _count(result, block=rounds.block, stood=count - 1)
+            result.count_chain(rounds.block, count - 1)
             emitted, finished = up_to_stop(numbers[: min(count, budget - len(result.tokens))], request.stop_tokens)
             result.tokens += emitted
             finished = finished or len(result.tokens) >= budget
@@ -82,21 +83,3 @@ class GraphedDecoder:
         result.seconds["verify"] = clock.now() - start
         result.cache_nbytes = rounds.target.nbytes()
         return result
-
-
-def follows(request: Request) -> bool:
-    """Whether captured rounds sample as a request wants it."""
-    settings = request.settings
-    return settings.top_k == 0 and settings.top_p == 1.0 and settings.repetition_penalty == 1.0
-
-
-def _count(result: Decoded, *, block: int, stood: int) -> None:
-    """Add one round, as `Decoded.count`."""
-    result.passes += 1
-    result.blocks[block] = result.blocks.get(block, 0) + 1
-    while len(result.proposed) < block:
-        result.proposed.append(0)
-        result.accepted.append(0)
-    for position in range(min(block, stood + 1)):
-        result.proposed[position] += 1
-        result.accepted[position] += position < stood

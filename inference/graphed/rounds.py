@@ -16,6 +16,7 @@ from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.model import CausalModel
+from inference.randomness import drawn
 
 _WARM_UPS = 3
 _MOST_PROGRAMS = 256
@@ -175,7 +176,7 @@ class Rounds:
             logits = network.step(block, slot, previous, confidence=False).logits
             if sampled:
                 probs = torch.softmax(logits.float() / self.temperatures[:, None], dim=-1)
-                index = _drawn(probs, self.uniforms[:, slot])
+                index = drawn(probs, self.uniforms[:, slot])
                 rows.append(probs)
             else:
                 index = logits.argmax(-1)
@@ -188,7 +189,7 @@ class Rounds:
         block = self.block
         probs = torch.softmax(logits.float() / self.temperatures[:, None, None], dim=-1)
         if not block:
-            return _drawn(probs[:, 0], self.uniforms[:, -1])[:, None], self.lengths.new_zeros(self.batch)
+            return drawn(probs[:, 0], self.uniforms[:, -1])[:, None], self.lengths.new_zeros(self.batch)
         drafted = torch.stack(rows, dim=1)
         vocabulary = self.network.vocabulary if self.network is not None else None
         own = tokens if vocabulary is None else torch.searchsorted(vocabulary, tokens)
@@ -202,7 +203,7 @@ class Rounds:
         else:
             left[:, vocabulary] -= taken
         left.clamp_(min=0.0)
-        following = _drawn(torch.where(left.sum(-1, keepdim=True) > 0, left, row), self.uniforms[:, -1])
+        following = drawn(torch.where(left.sum(-1, keepdim=True) > 0, left, row), self.uniforms[:, -1])
         places = torch.arange(block + 1, device=tokens.device)
         padded = torch.cat([tokens, tokens[:, :1]], dim=1)
         return torch.where(places < stood[:, None], padded, following[:, None]), stood
@@ -271,10 +272,3 @@ def _power_of_two(needed: int) -> int:
     while size < needed:
         size *= 2
     return size
-
-
-def _drawn(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One index per row of `[B, N]` by inverting the cumulative distribution, as `inference.randomness.draw`."""
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    return index.clamp(max=probs.shape[-1] - 1)[:, 0]

@@ -1,6 +1,7 @@
 """What rows share: the target in any arithmetic, prompts, and the arithmetic that is fastest here for each use."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +13,16 @@ from distill.prompts.package import Config as PackagePrompts
 from inference.device_profile import DeviceProfile, device_profile
 from inference.errors import InputError
 from inference.model import CausalModel, load_tokenizer
-from inference.scoring import ScorePrompt
-from inference.target import TargetConfig, config_shape
+from inference.records import Record
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import Arm, ScorePrompt, score_prompt
+from inference.target import TargetConfig, config_shape, stop_tokens
 from pipelines.bench.options import Options
 from pipelines.bench.paired import Clock, device_clock
 from pipelines.score_plan import round_robin
+
+SEED_DRAFT = Path(__file__).parents[2] / "distill" / "seeds" / "smollm2-135m" / "draft"
+"""The draft that comes with dspark."""
 
 HELD_OUT = ("gsm8k_heldout", "human_eval", "mt_bench")
 _MAX_PROMPT_TOKENS = 512
@@ -83,6 +89,26 @@ class Bench:
 
     def _target(self, precision: str) -> CausalModel:
         return self.target_config.load(self.options.cache.expanduser(), precision=precision)
+
+    @property
+    def draft_folder(self) -> Path:
+        """The pair's draft, or the one that comes with dspark."""
+        return SEED_DRAFT if self.options.pair is None else self.options.pair / "draft"
+
+    def scored(self, arms: list[Arm], prompt: ScorePrompt, temperatures: Sequence[float]) -> list[Record]:
+        """Decode a prompt under all arms, in shuffled order, at every temperature."""
+        return [
+            record
+            for temperature in temperatures
+            for record in score_prompt(
+                arms,
+                prompt,
+                settings=SamplingSettings(temperature=temperature),
+                max_new_tokens=self.options.max_new_tokens,
+                stop_tokens=stop_tokens(arms[0].target),
+                seed=self.options.seed,
+            )
+        ]
 
     def prompts(self, count: int | None = None) -> list[ScorePrompt]:
         """Prompts in tokens, one of each domain in turn, in an order fixed by the seed; as many as there are at most.

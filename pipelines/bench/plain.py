@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inference.decoder import up_to_stop
+from inference.generation import left_padded
 from inference.loading import quiet_transformers
 from inference.model import CausalModel
 
@@ -83,13 +84,8 @@ class Plain:
             seed: of sampled answers.
             num_draft_tokens: proposed a round, always as many; 0 for target-only decoding.
         """
-        longest = max(len(prompt) for prompt in prompts)
         pad = min(stop_tokens, default=0)
-        ids = torch.full((len(prompts), longest), pad, device=self.model.device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = left_padded(prompts, device=self.model.device, pad=pad)
         options: dict[str, Any] = {}
         if num_draft_tokens:
             assert self.assistant is not None, "assisted generation has a draft"
@@ -113,7 +109,7 @@ class Plain:
                 **drawn,
                 **options,
             )
-        return [up_to_stop(row, stop_tokens)[0] for row in written[:, longest:].tolist()]
+        return [up_to_stop(row, stop_tokens)[0] for row in written[:, ids.shape[1] :].tolist()]
 
 
 def _loaded(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:

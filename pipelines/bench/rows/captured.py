@@ -22,13 +22,11 @@ from inference.graphed.rounds import Rounds
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.records import Record
-from inference.sampling_settings import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, score_prompt
+from inference.scoring import Arm
 from inference.statistics import BASELINE, Estimate, find_card, scorecards
-from inference.target import stop_tokens
 from pipelines.bench.bench import Bench
+from pipelines.bench.decoding import answers_figure
 from pipelines.bench.outcome import Figure, Goal, Outcome
-from pipelines.bench.rows.overhead import SEED_DRAFT
 from pipelines.progress import tracked
 
 GOAL = Goal(3.0)
@@ -64,7 +62,7 @@ class Config:
         if bench.device.type != "cuda":
             return Outcome([], notes=["not run: captured rounds are for a GPU"])
         target = bench.target(bench.block_precision)
-        network = _network(bench, target)
+        network = load_network(bench.options.draft or bench.draft_folder, target, precision=target.precision)
         lengths = sorted({min(length or network.block, network.block) for length in self.blocks})
         arms = [_arm(BASELINE, target, None, self, 0)]
         arms += [_arm(f"draft-{length}", target, network, self, length) for length in lengths]
@@ -73,33 +71,13 @@ class Config:
             assert arm.captured is not None, "all arms are captured"
             arm.captured.rounds.prepare(sampled=temperature > 0.0)
         for prompt in prompts[:2]:
-            self._scored(bench, arms, prompt)
+            bench.scored(arms, prompt, self.temperatures)
         records = [
             record
             for prompt in tracked(prompts, self.kind, unit="prompts")
-            for record in self._scored(bench, arms, prompt)
+            for record in bench.scored(arms, prompt, self.temperatures)
         ]
-        cards = scorecards(records, seed=bench.options.seed)
-        figures = []
-        for arm, temperature in itertools.product(arms[1:], self.temperatures):
-            card = find_card(cards, arm.name, temperature=temperature)
-            domains = sorted({record.domain for record in records})
-            apart = {d: find_card(cards, arm.name, domain=d, temperature=temperature) for d in domains}
-            macro = statistics.fmean(own.speedup.value for own in apart.values())
-            own_length = arm is arms[-1] and temperature == 0.0
-            figures.append(
-                Figure(
-                    f"{arm.name} over target-only, T={temperature:g}",
-                    card.speedup,
-                    goal=GOAL if own_length else None,
-                    detail={
-                        "macro over domains": macro,
-                        "tau": str(card.tau),
-                        "tokens_per_s": str(card.tokens_per_s),
-                        **{d: f"speedup {own.speedup}, tau {own.tau}" for d, own in apart.items()},
-                    },
-                )
-            )
+        figures = self._speedups(records, arms, seed=bench.options.seed)
         notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
         for arm in arms:
             seconds, kernels = self._round_seconds(arm)
@@ -107,27 +85,30 @@ class Config:
             notes.append(f"{arm.name}: {kernels}")
         peak = torch.cuda.max_memory_allocated() / 2**20
         figures.append(Figure("peak memory of the device", Estimate(peak, None, None), unit="MiB"))
-        mismatched = [record for record in records if record.mismatch is not None]
-        if target.precision == "fp32" and mismatched:
-            notes.append(f"{len(mismatched)} greedy answers differ in fp32: not lossless")
-        near = sum(record.mismatch is not None and record.mismatch.near_tie for record in records)
-        notes.append(f"greedy answers that differ from target-only: {len(mismatched)}, of them near ties {near}")
         return Outcome(figures, records, notes)
 
-    def _scored(self, bench: Bench, arms: list[Arm], prompt: ScorePrompt) -> list[Record]:
-        """One prompt under all arms, in shuffled order, at every temperature."""
-        return [
-            record
-            for temperature in self.temperatures
-            for record in score_prompt(
-                arms,
-                prompt,
-                settings=SamplingSettings(temperature=temperature),
-                max_new_tokens=bench.options.max_new_tokens,
-                stop_tokens=stop_tokens(arms[0].target),
-                seed=bench.options.seed,
-            )
-        ]
+    def _speedups(self, records: list[Record], arms: list[Arm], *, seed: int) -> list[Figure]:
+        """Of every block length at every temperature, with what they were by domain; and the greedy answers."""
+        cards = scorecards(records, seed=seed)
+        domains = sorted({record.domain for record in records})
+        figures = []
+        for arm, temperature in itertools.product(arms[1:], self.temperatures):
+            card = find_card(cards, arm.name, temperature=temperature)
+            apart = {d: find_card(cards, arm.name, domain=d, temperature=temperature) for d in domains}
+            detail = {
+                "macro over domains": statistics.fmean(own.speedup.value for own in apart.values()),
+                "tau": str(card.tau),
+                "tokens_per_s": str(card.tokens_per_s),
+                **{d: f"speedup {own.speedup}, tau {own.tau}" for d, own in apart.items()},
+            }
+            goal = GOAL if arm is arms[-1] and temperature == 0.0 else None
+            name = f"{arm.name} over target-only, T={temperature:g}"
+            figures.append(Figure(name, card.speedup, goal=goal, detail=detail))
+        mismatches = [record.mismatch for record in records if record.mismatch is not None]
+        near = sum(mismatch.near_tie for mismatch in mismatches)
+        greedy = sum(record.temperature == 0.0 and record.arm != BASELINE for record in records)
+        counts = {"same": greedy - len(mismatches), "near_ties": near, "unexplained": len(mismatches) - near}
+        return [*figures, answers_figure("greedy answers unlike target-only's", counts)]
 
     def _round_seconds(self, arm: Arm) -> tuple[dict[str, float], str]:
         """Seconds of a greedy round and of its parts, captured apart, and its longest kernels in words."""
@@ -147,14 +128,6 @@ class Config:
             parts = {name: _timed(part) for name, part in rounds.parts(shown=shown, sampled=False).items()}
             seconds |= {**parts, "rest": seconds["whole"] - sum(parts.values())}
         return seconds, words
-
-
-def _network(bench: Bench, target: CausalModel) -> FeatureNetwork:
-    """Of the pair, or the draft that comes with dspark."""
-    folder = SEED_DRAFT if bench.options.pair is None else bench.options.pair / "draft"
-    if bench.options.draft is not None:
-        folder = bench.options.draft
-    return load_network(folder, target, precision=target.precision)
 
 
 def _arm(name: str, target: CausalModel, network: FeatureNetwork | None, config: Config, block: int) -> Arm:

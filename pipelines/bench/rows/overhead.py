@@ -6,7 +6,6 @@ outweigh them. What a round spends outside the passes of draft and target is sho
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.lookup import LookupDrafter
@@ -18,17 +17,14 @@ from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.pair import load_pair
 from inference.records import Record
-from inference.sampling_settings import SamplingSettings
-from inference.scoring import Arm, ScorePrompt, score_prompt
+from inference.scoring import Arm
 from inference.statistics import BASELINE, Bootstrap, find_card, ratio, scorecards
-from inference.target import stop_tokens
 from pipelines.bench.bench import Bench
 from pipelines.bench.outcome import Figure, Goal, Outcome
 from pipelines.bench.paired import RESAMPLES
 from pipelines.progress import tracked
 
 GOAL = Goal(0.95)
-SEED_DRAFT = Path(__file__).parents[3] / "distill" / "seeds" / "smollm2-135m" / "draft"
 _DRAFT = "draft"
 
 
@@ -53,11 +49,11 @@ class Config:
         baseline = target if same else bench.target(bench.baseline_precision)
         arms = [Arm(BASELINE, baseline, NoDrafter(), FixedLookahead(0)), Arm(_DRAFT, target, drafter, lookahead)]
         prompts = bench.prompts()
-        _scored(bench, arms, prompts[0], self.temperatures)
+        bench.scored(arms, prompts[0], self.temperatures)
         records = [
             record
             for prompt in tracked(prompts, self.kind, unit="prompts")
-            for record in _scored(bench, arms, prompt, self.temperatures)
+            for record in bench.scored(arms, prompt, self.temperatures)
         ]
         cards = scorecards(records, seed=bench.options.seed)
         figures = []
@@ -90,7 +86,7 @@ class Config:
             return pair.target, pair.drafter, pair.lookahead, f"the pair {options.pair}"
         target = bench.target(bench.block_precision)
         policy = FixedLookahead(self.tokens)
-        context = LoadContext(SEED_DRAFT, bench.target_folder, target, target.precision, target.device)
+        context = LoadContext(bench.draft_folder, bench.target_folder, target, target.precision, target.device)
         try:
             return target, load_drafter(context), policy, f"the draft that comes with dspark, {self.tokens} tokens"
         except InputError as error:
@@ -105,19 +101,3 @@ def _share(records: list[Record], name: str, parts: tuple[str, ...], bench: Benc
     some = boot.sums(records, lambda r: sum(r.seconds[part] for part in parts))
     whole = boot.sums(records, lambda r: r.total_seconds - sum(r.seconds[part] for part in left_out))
     return Figure(f"share {name}", boot.estimate(100 * ratio(some, whole)), "%")
-
-
-def _scored(bench: Bench, arms: list[Arm], prompt: ScorePrompt, temperatures: list[float]) -> list[Record]:
-    """One prompt under both arms, in shuffled order, at every temperature."""
-    return [
-        record
-        for temperature in temperatures
-        for record in score_prompt(
-            arms,
-            prompt,
-            settings=SamplingSettings(temperature=temperature),
-            max_new_tokens=bench.options.max_new_tokens,
-            stop_tokens=stop_tokens(arms[0].target),
-            seed=bench.options.seed,
-        )
-    ]

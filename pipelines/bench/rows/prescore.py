@@ -28,7 +28,6 @@ from inference.target import stop_tokens
 from pipelines.bench.bench import Bench
 from pipelines.bench.outcome import Figure, Goal, Outcome
 from pipelines.bench.paired import RESAMPLES
-from pipelines.bench.rows.overhead import SEED_DRAFT
 from pipelines.progress import tracked
 
 TIME = Goal(1 / 20, at_least=False)
@@ -137,7 +136,7 @@ def _expected_passes(drafter: Drafter, response: FixedResponse, tokens: int) -> 
 
 def _drafts(bench: Bench, target: CausalModel) -> tuple[dict[str, Drafter], list[str]]:
     """The pair's draft or the one that comes with dspark, and look-up."""
-    folder = SEED_DRAFT if bench.options.pair is None else bench.options.pair / "draft"
+    folder = bench.draft_folder
     lookup = LookupDrafter(LookupSettings())
     try:
         context = LoadContext(folder, bench.target_folder, target, target.precision, target.device)
