@@ -1,10 +1,24 @@
 """The stack of decoder layers of any causal LM: found, and cut down to some of them. Knows no family by name."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from inference.errors import InputError
 from inference.memory import return_memory
+
+
+class LayerNotLoaded(RuntimeError):
+    """A pass has come to a layer that was left out when its model was loaded."""
+
+
+class AbsentLayer(nn.Module):
+    """In the place of a decoder layer that was not loaded."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Ends the pass."""
+        raise LayerNotLoaded("this model was loaded without its layers")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

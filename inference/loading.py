@@ -3,6 +3,7 @@
 Runs nothing; what a model does once it is loaded is `inference.model`.
 """
 
+import copy
 import json
 import os
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from inference.attention import use_grouped_attention
 from inference.errors import InputError, first_line
-from inference.layers import drop_layers, keep_layers
+from inference.layers import AbsentLayer, decoder_layers, keep_layers
 from inference.lean import use_lean_layers
 from inference.model import CausalModel
 from inference.precision import apply_precision, storage_dtype
@@ -71,30 +72,64 @@ def load_causal_model(
     return CausalModel(model, folder=folder, precision=precision)
 
 
-def load_ends(folder: Path, *, precision: str, device: torch.device) -> CausalModel:
-    """A model's embedding, final norm and head, for who needs no layers: of the weights only these and one layer's are
-    read, and none is kept.
+def load_ends(folder: Path, *, precision: str, device: torch.device, last_layers: int = 0) -> CausalModel:
+    """A model's embedding, final norm and head, for who runs no layers: of the weights only these and a layer's or two
+    are read.
 
     Args:
         folder: the model folder.
         precision: see `inference.precision`.
         device: where it runs.
+        last_layers: decoder layers at the end that keep their weights, for who starts from them; in the others' places
+            is nothing that runs.
 
     Raises:
-        InputError: as `load_causal_model`.
+        InputError: as `load_causal_model`; or the weights do not name their layers as the model does.
     """
     check_model_folder(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[:1]
+    count, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
+    _say_layers(text, 1, kinds)
     model = load_pretrained(folder, precision=precision, attention="sdpa", config=config)
-    drop_layers(model)
+    stack = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    kept = range(count - min(last_layers, count), count)
+    layers = {index: _layer_of(folder, f"{prefix}.{index}.", like=stack[0]) for index in kept}
+    del stack[:]
+    stack.extend(layers.get(index, AbsentLayer()) for index in range(count))
+    _say_layers(model.config.get_text_config(decoder=True), count, kinds)
     check_finite(model, where=str(folder))
     nn.Module.to(model, device)
     apply_precision(model, precision)
     return CausalModel(model, folder=folder, precision=precision)
+
+
+def _say_layers(text: Any, count: int, kinds: list[str] | None) -> None:
+    """Let a text configuration speak of so many layers."""
+    text.num_hidden_layers = count
+    if kinds is not None:
+        text.layer_types = kinds[:count]
+
+
+def _layer_of(folder: Path, prefix: str, *, like: nn.Module) -> nn.Module:
+    """A decoder layer with the weights that a folder's files hold under a prefix.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    layer = copy.deepcopy(like)
+    wanted, found = {prefix + name: parameter for name, parameter in layer.named_parameters()}, set[str]()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            for name in wanted.keys() & set(tensors.keys()):
+                wanted[name].copy_(tensors.get_tensor(name))
+                found.add(name)
+    if missing := sorted(wanted.keys() - found):
+        raise InputError(
+            f"no tensor {missing[0]}", where=str(folder), mend="load the model whole, or fetch the folder again"
+        )
+    return layer
 
 
 def _leave_unpacked(model: nn.Module) -> None:

@@ -198,6 +198,7 @@ def _train(lesson: Lesson, work: Work, tracker: Tracker) -> None:
         "tokens": result.tokens,
         "seconds": result.seconds,
         "step_seconds": result.step_seconds,
+        **(result.speed.figures() if result.speed else {}),
         **{key: value for key, value in result.metrics.items() if key.startswith("eval/")},
     }
     trained.save(work.folder / DRAFT_FOLDER)

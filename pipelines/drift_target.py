@@ -10,7 +10,6 @@ the folders are what re-alignment is tried on. Rows that drafts are scored on ar
 
 import argparse
 import copy
-import json
 import logging
 import math
 import os
@@ -20,33 +19,23 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from distill.chat import conversation_tokens, messages_for, render_prompt
 from distill.drafts import save_model
-from distill.prompts import Prompt, SourceContext, choose, package
-from inference.block_length import decode_validation
-from inference.drafters import LoadContext, load_drafter
-from inference.errors import InputError, first_line
+from inference.errors import InputError
 from inference.loading import load_causal_model
-from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.pair_files import DEFAULT_CACHE, DRAFT_FILE
-from inference.parallel import load_target
 from inference.precision import available_precisions
-from inference.records import Record, record_of
-from inference.sampling_settings import SamplingSettings
-from inference.scoring import Arm, ScorePrompt
-from inference.statistics import Bootstrap, Estimate, ratio
-from inference.target import TargetConfig, stop_tokens, target_digest
-from pipelines.files import content_digest, fsync_path, fsync_tree, replacing, write_json, write_text, writing
-from pipelines.report import markdown_table
+from inference.target import TargetConfig
+from pipelines.drifting_data import Example, make_batch, read_examples, read_probe_prompts, split_examples
+from pipelines.files import fsync_path, fsync_tree, writing
+from pipelines.staleness import DraftProbe, Point, Settings
+from pipelines.staleness_report import REPORT, staleness_markdown, write_report
 from train.batches import Batch
 from train.config import TrainerConfig
 from train.errors import TrainingError
@@ -55,192 +44,10 @@ from train.optimizers.adamw import Config as AdamW
 from train.results import LossOutput
 from train.trackers import NoTracker
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 logger = logging.getLogger(__name__)
 
 SEED_DRAFT = Path(__file__).parents[1] / "distill" / "seeds" / "smollm2-135m" / "draft"
-DATASET = "gsm8k_train"  # rows 0-999; the rows after them are held out and this set never gives them
-PROBE_FROM_ROW = 900
-"""Rows from here on are not trained on: tau is measured on them."""
-DOMAIN = "maths"
-OTHERS = {"code": "human_eval", "chat": "mt_bench"}
-"""Domains that are not trained on, with the set their prompts come from; each gets a third of the domain's number."""
-TEMPERATURES = (0.0, 1.0)
-REPORT = "staleness"
 _WORK = ".training"
-_COLORS = {DOMAIN: "tab:red", "code": "tab:blue", "chat": "tab:green"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How far the target drifts, and how the draft is measured on it.
-
-    Attributes:
-        steps: optimizer steps.
-        checkpoints: steps after which the target is saved and the draft measured.
-        rank: of the adapters; their scale is twice the rank over the rank.
-        lr: peak learning rate.
-        batch: conversations a step.
-        seed: of adapters, order, choice of prompts and sampling.
-        max_tokens: longer conversations are left out.
-        tau_prompts: prompts of the domain that tau is measured on; the other domains get a third of that each.
-        answer_tokens: longest answer when tau is measured.
-        block: tokens the draft proposes a round.
-    """
-
-    steps: int = 200
-    checkpoints: tuple[int, ...] = (25, 50, 100, 200)
-    rank: int = 16
-    lr: float = 1e-3
-    batch: int = 8
-    seed: int = 0
-    max_tokens: int = 512
-    tau_prompts: int = 24
-    answer_tokens: int = 96
-    block: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "rank", "batch", "max_tokens", "tau_prompts", "answer_tokens", "block"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}", where="drift", mend="use at least 1")
-        if self.seed < 0 or not 0.0 < self.lr < math.inf:
-            raise InputError(f"lr is {self.lr}, seed {self.seed}", where="drift", mend="use a rate > 0 and a seed >= 0")
-        steps = list(self.checkpoints)
-        if not steps or steps != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
-            raise InputError(
-                f"checkpoints are {steps}", where="drift", mend=f"use rising numbers between 1 and steps ({self.steps})"
-            )
-
-
-@dataclass(frozen=True)
-class Example:
-    """A conversation to learn from.
-
-    Attributes:
-        row: of the data set, from 0.
-        tokens: the whole conversation.
-        supervised: which of its tokens the target is to write: the answer and the token that ends it.
-    """
-
-    row: int
-    tokens: list[int]
-    supervised: list[bool]
-
-
-@dataclass(frozen=True)
-class Tau:
-    """What the draft is worth on one domain at one temperature.
-
-    Attributes:
-        domain: of the prompts.
-        temperature: they were decoded at.
-        tau: emitted tokens per target pass.
-        change: relative to the unchanged target on the same prompts, -0.2 for a fall by a fifth.
-    """
-
-    domain: str
-    temperature: float
-    tau: Estimate
-    change: Estimate
-
-
-@dataclass(frozen=True)
-class Point:
-    """The target after some steps.
-
-    Attributes:
-        step: optimizer steps made; 0 is the unchanged target.
-        digest: of the target (`inference.target.target_digest`).
-        train_loss: mean over the steps before this point, in nats a token; None at step 0.
-        probe_loss: on reference answers that are not trained on, likewise; None at step 0.
-        taus: by domain and temperature.
-        answer: what the target answers to the first prompt of the domain at temperature 0.
-    """
-
-    step: int
-    digest: str
-    train_loss: float | None
-    probe_loss: float | None
-    taus: list[Tau]
-    answer: str
-
-    def tau(self, domain: str, temperature: float) -> Tau:
-        """One of the measurements."""
-        return next(t for t in self.taus if (t.domain, t.temperature) == (domain, temperature))
-
-
-def read_examples(tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int) -> list[Example]:
-    """Rows 0-999 of GSM8K as conversations of the target, those of more than `max_tokens` left out.
-
-    Raises:
-        InputError: the package is missing or damaged, or the tokenizer has no chat template.
-    """
-    questions = package.Config(dataset=DATASET).read(SourceContext(tokenizer, 0))
-    file = package.QUESTION_FILES[DATASET]
-    [path] = [Path(str(f.locate())) for f in metadata.files(file.package) or [] if f.as_posix() == file.path]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    examples = []
-    for prompt in questions:
-        try:
-            answer = str(json.loads(lines[int(prompt.id)])["answer"]).strip()
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                f"row {prompt.id} has no answer ({first_line(error)})",
-                where=str(path),
-                mend="install the packages again with `make env`",
-            ) from error
-        messages = [*messages_for(prompt.turns), {"role": "assistant", "content": answer}]
-        tokens, supervised = conversation_tokens(tokenizer, messages)
-        if len(tokens) <= max_tokens:
-            examples.append(Example(int(prompt.id), tokens, supervised))
-    return examples
-
-
-def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What is trained on, and what the loss is probed on.
-
-    Raises:
-        InputError: nothing to train on or nothing to probe.
-    """
-    training = [example for example in examples if example.row < PROBE_FROM_ROW]
-    probe = [example for example in examples if example.row >= PROBE_FROM_ROW]
-    if not training or not probe:
-        raise InputError("no conversation is short enough", where="max_tokens", mend="allow longer ones")
-    return training, probe
-
-
-def read_probe_prompts(tokenizer: "PreTrainedTokenizerBase", *, count: int, seed: int) -> list[Prompt]:
-    """Prompts that tau is measured on: `count` of the domain, none of them trained on, and a third of that of others.
-
-    Raises:
-        InputError: a package is missing or damaged.
-    """
-    context = SourceContext(tokenizer, seed)
-    rows = package.Config(dataset=DATASET).read(context)
-    chosen = choose([prompt for prompt in rows if int(prompt.id) >= PROBE_FROM_ROW], limit=count, seed=seed)
-    for name in OTHERS.values():
-        chosen += package.Config(dataset=name, limit=max(1, count // len((DOMAIN, *OTHERS)))).load(context)
-    return chosen
-
-
-def make_batch(examples: Sequence[Example], *, device: torch.device) -> Batch:
-    """Pad conversations to one length.
-
-    Returns:
-        `tokens` int64 `[B, T]`, `attention` int64 `[B, T]`, and `labels` int64 `[B, T]`: the token that follows where
-        it is to be learned, -1 elsewhere.
-    """
-    longest = max(len(example.tokens) for example in examples)
-    tokens, attention, labels = (torch.full((len(examples), longest), fill) for fill in (0, 0, -1))
-    for row, example in enumerate(examples):
-        length = len(example.tokens)
-        tokens[row, :length] = torch.tensor(example.tokens)
-        attention[row, :length] = 1
-        wanted = torch.tensor(example.supervised[1:])
-        labels[row, : length - 1] = torch.where(wanted, torch.tensor(example.tokens[1:]), -1)
-    return {"tokens": tokens.to(device), "attention": attention.to(device), "labels": labels.to(device)}
 
 
 def answer_loss(model: CausalModel, batch: Batch) -> LossOutput:
@@ -250,92 +57,6 @@ def answer_loss(model: CausalModel, batch: Batch) -> LossOutput:
     logits = model.head(states).float()
     total = functional.cross_entropy(logits, batch["labels"][learned], reduction="sum")
     return LossOutput(loss_sum=total, weight_sum=int(learned.sum()))
-
-
-@dataclass
-class DraftProbe:
-    """Measures one draft on targets, always on the same prompts.
-
-    Attributes:
-        draft: folder of the draft.
-        prompts: what is asked.
-        settings: length of answers, block and seed.
-        device: where it runs.
-        base: records of the unchanged target, to compare with.
-    """
-
-    draft: Path
-    prompts: list[Prompt]
-    settings: Settings
-    device: torch.device
-    base: list[Record] = field(default_factory=list)
-
-    def measure(self, folder: Path, *, step: int, losses: tuple[float, float] | None = None) -> Point:
-        """Tau on the target of a folder; the first one measured is what later ones are compared with.
-
-        Args:
-            folder: the target.
-            step: optimizer steps made.
-            losses: of training and of the probe, if anything was trained.
-        """
-        precision = _decoding_precision(self.device)
-        model = load_target(folder, precision=precision, device=self.device)
-        drafter = load_drafter(LoadContext(self.draft, folder, model, precision, self.device))
-        arm = Arm("draft", model, drafter, FixedLookahead(self.settings.block))
-        records, answer = self._decode(arm)
-        self.base = self.base or records
-        taus = [
-            _tau(self.base, records, domain, temperature, seed=self.settings.seed)
-            for temperature in TEMPERATURES
-            for domain in (DOMAIN, *OTHERS)
-        ]
-        train_loss, probe_loss = losses or (None, None)
-        return Point(step, target_digest(folder), train_loss, probe_loss, taus, answer)
-
-    def _decode(self, arm: Arm) -> tuple[list[Record], str]:
-        """Records of every prompt at every temperature, and the text of the first answer."""
-        stops, records, answer = stop_tokens(arm.target), [], ""
-        tokenizer, limit = arm.target.tokenizer, self.settings.answer_tokens
-        for prompt in self.prompts:
-            ids = render_prompt(tokenizer, messages_for(prompt.turns, system=prompt.system))
-            name = f"{prompt.source}/{prompt.id}"
-            asked = ScorePrompt(name, prompt.domain, torch.tensor(ids, device=self.device))
-            for temperature in TEMPERATURES:
-                sampling = SamplingSettings(temperature=temperature)
-                decoded = decode_validation(arm, asked, arm.lookahead, sampling, limit, stops, self.settings.seed)
-                answer = answer or str(tokenizer.decode(decoded.tokens, skip_special_tokens=True))
-                records.append(
-                    record_of(
-                        decoded,
-                        prompt_id=name,
-                        domain=prompt.domain,
-                        temperature=temperature,
-                        arm=arm.name,
-                        order=0,
-                        prompt_tokens=len(ids),
-                        draft_bytes=arm.drafter.nbytes(),
-                        target_bytes=arm.target.nbytes(),
-                        mismatch=None,
-                    )
-                )
-        return records, answer
-
-
-def _tau(base: list[Record], now: list[Record], domain: str, temperature: float, *, seed: int) -> Tau:
-    """Tau and its change; resamples draw prompts, and with a prompt its answers before and after together."""
-    before, after = ([r for r in side if (r.domain, r.temperature) == (domain, temperature)] for side in (base, now))
-    boot = Bootstrap([r.prompt_id for r in after], seed=seed, resamples=2000)
-    old, new = (
-        ratio(boot.sums(side, lambda r: r.emitted), boot.sums(side, lambda r: r.passes)) for side in (before, after)
-    )
-    return Tau(domain, temperature, boot.estimate(new), boot.estimate(ratio(new, old) - 1.0))
-
-
-def _decoding_precision(device: torch.device) -> str:
-    """The arithmetic that is fastest for a few rows, by kind of device; no measurement."""
-    wanted = ("packed_by_rows", "fp32_packed", "fp32") if device.type == "cpu" else ("bf16",)
-    here = available_precisions(device)
-    return next(name for name in wanted if name in here)
 
 
 def _training_precision(device: torch.device) -> str:
@@ -484,77 +205,6 @@ def _save_merged(adapted: Any, base: Path, folder: Path) -> None:
             fsync_path(folder.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_report(points: Sequence[Point], out: Path, *, settings: Settings, base: Path, draft: Path) -> None:
-    """Write `staleness.json`, `.md` and `.png`."""
-    data = {
-        "settings": settings,
-        "base": {"name": base.name, "digest": target_digest(base)},
-        "draft": {"name": draft.name, "digest": content_digest(draft)},
-        "domain": DOMAIN,
-        "points": points,
-    }
-    write_json(out / f"{REPORT}.json", data)
-    write_text(out / f"{REPORT}.md", staleness_markdown(points))
-    staleness_plot(points, out / f"{REPORT}.png")
-
-
-def staleness_markdown(points: Sequence[Point]) -> str:
-    """A table for every temperature."""
-    text = (
-        f"# Staleness of a draft whose target is fine-tuned on {DOMAIN}\n\n"
-        "tau counts the bonus token; in brackets 95 % bootstraps over prompts. Changes are relative to step 0, on the "
-        "same prompts.\n"
-    )
-    domains = (DOMAIN, *OTHERS)
-    for temperature in TEMPERATURES:
-        header = [
-            "steps",
-            "train loss",
-            "probe loss",
-            *(f"tau {d}" for d in domains),
-            *(f"change {d}" for d in domains),
-        ]
-        rows = []
-        for point in points:
-            taus = [point.tau(domain, temperature) for domain in domains]
-            losses = ["-" if x is None else f"{x:.3f}" for x in (point.train_loss, point.probe_loss)]
-            changes = [_percent(t.change) if point.step else "-" for t in taus]
-            rows.append([str(point.step), *losses, *(str(t.tau) for t in taus), *changes])
-        text += f"\n## Temperature {temperature:g}\n\n{markdown_table(header, rows)}"
-    return text
-
-
-def _percent(change: Estimate) -> str:
-    ends = "" if change.low is None or change.high is None else f" [{change.low:+.1%}, {change.high:+.1%}]"
-    return f"{change.value:+.1%}{ends}"
-
-
-def staleness_plot(points: Sequence[Point], path: Path) -> None:
-    """Draw tau over fine-tuning steps by domain, with intervals; dashed at temperature 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
-    steps = [point.step for point in points]
-    for domain in (DOMAIN, *OTHERS):
-        for temperature, style in zip(TEMPERATURES, ("-", "--"), strict=True):
-            found = [point.tau(domain, temperature).tau for point in points]
-            label = f"{domain}, T={temperature:g}"
-            panel.plot(steps, [e.value for e in found], style, marker="o", ms=4, color=_COLORS[domain], label=label)
-            if temperature == 0.0:
-                ends = [(e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in found]
-                low, high = zip(*ends, strict=True)
-                panel.fill_between(steps, low, high, color=_COLORS[domain], alpha=0.15, linewidth=0)
-    panel.set_xlabel(f"fine-tuning steps of the target on {DOMAIN}")
-    panel.set_ylabel("tau of the unchanged draft")
-    panel.legend(fontsize="small")
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
-    pyplot.close(figure)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from inference.precision import has_bf16_products
 from inference.processes import num_processes
 from inference.target import PACKED_FORMATS
 from pipelines.config import RunConfig
-from train.engines.zero import check_spread
+from train.engines.spreading import check_spread
 from train.optimizers import adamw8bit
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from pipelines.score_files import PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE
 from pipelines.select import Decision, read_decision
 from pipelines.took import FRESH, PUBLISH, STAGES_FILE, stages_of
 from pipelines.verify import CHECKS_FILE, Check
-from pipelines.version_report.contents import TRAINING_FILE
+from pipelines.version_report.contents import TRAINING_FIGURES, TRAINING_FILE
 from pipelines.version_report.page import write_report
 from train.memory import watched
 
@@ -234,8 +234,8 @@ def _golden(decision: Decision, lineage: Lineage) -> list[dict[str, Any]]:
 
 
 def _trained(draft: Artifact) -> dict[str, Any]:
-    """Steps, tokens and seconds, where this draft was trained here."""
-    return {key: draft.metrics[key] for key in ("steps", "tokens", "seconds") if key in draft.metrics}
+    """Steps, tokens, seconds and speed, where this draft was trained here."""
+    return {key: draft.metrics[key] for key in TRAINING_FIGURES if key in draft.metrics}
 
 
 def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]
     for folder in (Path(made), Path(made).parent) if made else ():
         if (folder / MANIFEST).is_file():
             metrics = read_json(folder / MANIFEST).get("metrics", {})
-            found = {key: metrics[key] for key in ("steps", "tokens", "seconds") if key in metrics}
+            found = {key: metrics[key] for key in TRAINING_FIGURES if key in metrics}
         elif (folder / PAIR_FILE).is_file():
             found = read_pair(folder).get("training", {})
     return found

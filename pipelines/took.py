@@ -11,9 +11,10 @@ from pipelines.artifacts import Artifact
 from pipelines.files import read_json
 
 STAGES_FILE = "stages.json"
-"""In a published version: stage -> `train.memory.Took` as plain data, and whether it was resumed."""
+"""In a published version: stage -> `train.memory.Took` as plain data, whether it was resumed, how fast it trained."""
 PUBLISH, FRESH = "publish", "publish: fresh process"
 MIB = 2**20
+_SPEED = ("steps_per_s", "tokens_per_s", "mfu")
 _SINCE_START, _RESUMED = "most memory since the process began", "after its last resume"
 
 
@@ -23,7 +24,17 @@ def stages_of(
     """Figures of the stages before publishing; artifacts that are older than these figures have none."""
     builds = {f"build: {name}": draft for name, draft in drafts.items()}
     made = {"plan": plan, "corpus": corpus, **builds, "score": score, "select": select}
-    return {stage: artifact.manifest["took"] for stage, artifact in made.items() if "took" in artifact.manifest}
+    return {
+        stage: {**artifact.manifest["took"], **_speed(artifact)}
+        for stage, artifact in made.items()
+        if "took" in artifact.manifest
+    }
+
+
+def _speed(artifact: Artifact) -> dict[str, Any]:
+    """Of a draft that was trained, under its own name; nothing of others."""
+    known = {key: artifact.metrics[key] for key in _SPEED if key in artifact.metrics}
+    return {"training": known} if "steps_per_s" in known else {}
 
 
 def read_stages(version: Path) -> dict[str, dict[str, Any]]:
@@ -52,4 +63,9 @@ def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
 
 def _notes(took: Mapping[str, Any]) -> list[str]:
     found = [_SINCE_START] if took["since_start"] else []
-    return [*found, _RESUMED] if took.get("resumed") else found
+    if took.get("resumed"):
+        found.append(_RESUMED)
+    if speed := took.get("training"):
+        mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        found.append(f"{speed['steps_per_s']:.3g} steps/s, {speed['tokens_per_s']:,.0f} supervised tokens/s{mfu}")
+    return found

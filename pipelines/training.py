@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.conversation import Joined
 from distill.corpus import StoredSamples, read_shards
 from distill.distillation import Distillation
 from distill.drafts import DraftContext, Student, write_spec
 from distill.feature_distillation import FeatureDistillation, covered_mass, draft_vocabulary
+from distill.features import kept_taps
 from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
 from inference.feature_drafts import FeatureDraftConfig
 from inference.feature_networks import FeatureNetwork, make_network
-from inference.feature_networks._checkpoint import go_on_from, save_network
+from inference.feature_networks._checkpoint import go_on_from, save_network, taps_of
 from inference.lean import use_plain_layers
 from inference.loading import load_causal_model, load_ends
 from inference.model import CausalModel
@@ -37,7 +38,7 @@ from pipelines.capturing import FEATURES, STATED, captured_features, captured_st
 from pipelines.company import Company
 from pipelines.config import RunConfig
 from train.config import TrainerConfig
-from train.engines.zero import spread_frozen
+from train.engines.spreading import spread_frozen
 from train.loop import Batch, FitResult, LossOutput, fit
 from train.trackers import Tracker
 from train.trackers.none import NoTracker
@@ -127,7 +128,13 @@ def train(lesson: Lesson, *, tracker: Tracker | None = None, group: Group | None
 
     def loss(batch: Batch) -> LossOutput:
         sums = task.loss(batch)
-        return LossOutput(sums.loss, sums.tokens, {"acceptance": (sums.acceptance, sums.tokens)})
+        return LossOutput(
+            sums.loss,
+            sums.tokens,
+            {"acceptance": (sums.acceptance, sums.tokens)},
+            supervised=batch["labels"].shape[0],
+            fed=_read(batch),
+        )
 
     result = fit(
         trainee.module,
@@ -141,7 +148,16 @@ def train(lesson: Lesson, *, tracker: Tracker | None = None, group: Group | None
         weigh=task.weight,
         used_apart=trainee.used_apart,
     )
+    if company.rank == 0 and result.speed is not None:
+        logger.info("trained %s: %s", lesson.name, result.speed)
     return Trained(result, {**trainee.metrics, **task.counts}, trainee.save)
+
+
+def _read(batch: Batch) -> Tensor:
+    """Tokens of a batch that are no padding, as a student or a network that reads features has them."""
+    if "attention" in batch:
+        return batch["attention"].sum()
+    return (batch["segments"] >= 0).sum()
 
 
 def _optimizer(optimizer: Any, draft: Any) -> Any:
@@ -171,8 +187,9 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
     """
     cfg, device = lesson.cfg.target, company.device(lesson.cfg)
     alone = company.group is not None or num_processes() == 1
-    if alone and cfg.teacher_precision == "fp32" and _by_states_alone(lesson, shards):
-        target = load_ends(lesson.target_folder, precision="fp32", device=device)
+    last_layers = _layers_read(lesson, shards)
+    if alone and cfg.teacher_precision == "fp32" and last_layers is not None:
+        target = load_ends(lesson.target_folder, precision="fp32", device=device, last_layers=last_layers)
         target.model.requires_grad_(False)
         return target
     packs = cfg.teacher_precision in PACKED_FORMATS
@@ -195,12 +212,19 @@ def _target(lesson: Lesson, company: Company, shards: Sequence[StoredSamples]) -
     return target
 
 
-def _by_states_alone(lesson: Lesson, shards: Sequence[StoredSamples]) -> bool:
-    """Whether the corpus has all that the draft learns from: a student's target states, and nothing that it writes."""
+def _layers_read(lesson: Lesson, shards: Sequence[StoredSamples]) -> int | None:
+    """How many of the target's last layers a training reads the weights of; None where it runs the target, since the
+    corpus lacks states or features that the draft learns from, or the draft writes some of its lessons."""
     draft = lesson.draft
-    if isinstance(draft, FeatureDraftConfig) or draft.on_policy_share > 0.0:
-        return False
-    return all(sample.has_states for shard in shards for sample in shard)
+    if not all(sample.has_states for shard in shards for sample in shard):
+        return None
+    if not isinstance(draft, FeatureDraftConfig):
+        return None if draft.on_policy_share > 0.0 else 0
+    num_layers = int(str(config_shape(lesson.target_folder)["num_hidden_layers"]))
+    taps = draft.tapped_layers(num_layers) if lesson.start is None else taps_of(lesson.start)
+    if not set(taps) <= set(kept_taps(lesson.corpus)):
+        return None
+    return draft.layers_read if lesson.start is None and draft.init == "target" else 0
 
 
 def _spread(lesson: Lesson, company: Company, target: CausalModel) -> bool:

@@ -6,7 +6,15 @@ from typing import Any
 from train.schedule import SCHEDULES
 
 # Settings that do not change the weights a run ends with; a run may be resumed with others.
-_FREE = ("checkpoint_every_steps", "keep_checkpoints", "engine", "zero_stage", "offload", "profile_steps")
+_FREE = (
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "engine",
+    "zero_stage",
+    "offload",
+    "profile_steps",
+    "peak_tflops",
+)
 ENGINES = ("plain", "deepspeed")
 PRECISIONS = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer", "all")
@@ -38,6 +46,8 @@ class TrainerConfig:
         best_metric: evaluation metric by which the best checkpoint is kept besides ("" = none).
         best_is: "max" or "min": which value of that metric is best.
         profile_steps: steps, after three of them, that torch's profiler watches (0 = none).
+        peak_tflops: what one device can do at most in the arithmetic of training, in 10^12 operations a second, for the
+            share of it that training reaches (0 = by the device's name; on a CPU no share is said).
     """
 
     engine: str = "plain"
@@ -59,12 +69,12 @@ class TrainerConfig:
     best_metric: str = ""
     best_is: str = "max"
     profile_steps: int = 0
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "accumulation", "log_every_steps", "keep_checkpoints")
-        _at_least(
-            self, 0, "steps", "clip_norm", "evaluate_every_steps", "checkpoint_every_steps", "seed", "profile_steps"
-        )
+        _at_least(self, 0, "steps", "clip_norm", "evaluate_every_steps", "checkpoint_every_steps", "seed")
+        _at_least(self, 0, "profile_steps", "peak_tflops")
         _one_of(self, "engine", ENGINES)
         _one_of(self, "offload", OFFLOADS)
         if self.zero_stage not in range(4):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from train.throughput import Speed
+
 Number = Tensor | float
 Pair = tuple[Number, Number]
 
@@ -18,12 +20,16 @@ class LossOutput:
         weight_sum: sum of the weights; gradients are divided by its total over the step.
         sums: metrics as (sum, total) pairs; they are added up and divided once.
         tokens: tokens learned from, for the accounts (0 = weight_sum is that number).
+        supervised: positions learned from, whatever they weigh, for the speed (0 = `tokens`).
+        fed: tokens that the model reads, without padding, for the speed (0 = not told).
     """
 
     loss_sum: Tensor
     weight_sum: Number
     sums: dict[str, Pair] = field(default_factory=dict)
     tokens: int = 0
+    supervised: int = 0
+    fed: Number = 0
 
 
 @dataclass
@@ -35,13 +41,15 @@ class FitResult:
         tokens: tokens learned from in all.
         seconds: wall-clock seconds spent training and evaluating in all, as far as checkpoints recorded them.
         metrics: metrics of the last logged steps and of the last evaluation, the latter as "eval/<name>".
-        history: one dict a logged step ("step", "loss", "lr", "grad_norm", the loss's own sums) or evaluation.
+        history: one dict a logged step ("step", "supervised" positions so far, "loss", "lr", "grad_norm", the loss's
+            own sums) or evaluation ("step", "supervised", its metrics).
         checkpoint: the last checkpoint.
         best_step: step of the best checkpoint by `best_metric`, None without one.
         best_value: its value.
         resumed_step: the step this call went on from (0 = it started afresh).
-        step_seconds: median seconds of a step of this call, without logging, evaluation and checkpoints; of few steps
-            the first is among them.
+        step_seconds: median seconds of a step of this call, without logging, evaluation and checkpoints, and where
+            there are more without the first one, in which memory is laid out and operations are counted.
+        speed: what that comes to a second; None where this call made no step.
     """
 
     steps: int
@@ -54,3 +62,4 @@ class FitResult:
     best_value: float | None
     resumed_step: int
     step_seconds: float
+    speed: Speed | None

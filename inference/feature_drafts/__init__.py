@@ -5,7 +5,7 @@ of the same name in `inference.feature_networks`.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from inference.taps import default_taps
 
@@ -80,6 +80,8 @@ class FeatureDraftConfig:
     num_taps = 5
     training_overhead = 1.25
     """Time of a step over that of its products; from runs on two CPU cores."""
+    layers_read: ClassVar[int | None] = None
+    """Last layers of the target whose weights `init: target` copies; None where it runs the target."""
     confidence_weight = 0.0
     """Weight of the confidence head's loss, for kinds that have such a head."""
 

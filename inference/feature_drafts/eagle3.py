@@ -30,6 +30,7 @@ class Config(FeatureDraftConfig):
     qk_norm: bool = False
 
     num_taps = 3
+    layers_read = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

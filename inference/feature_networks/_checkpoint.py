@@ -145,6 +145,15 @@ def go_on_from(folder: Path, target: CausalModel, config: FeatureDraftConfig) ->
     return network
 
 
+def taps_of(folder: Path) -> list[int]:
+    """The target layers that a saved network reads; none where the folder cannot be read."""
+    try:
+        text = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return [int(tap) for tap in text["target_layer_ids"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # who loads it says what is wrong
+
+
 def misfit(folder: Path, target_folder: Path) -> str:
     """Why a draft's folder was made for another kind of target than this; empty when nothing speaks against it.
 

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from distill.chunked import chunked_objective
 from distill.objectives import Objective, reads_labels
@@ -25,6 +23,7 @@ from inference.feature_networks import FeatureNetwork, PackedBatch
 from inference.loading import quiet_transformers
 from pipelines.planning.shapes import Sketch, Student
 from train import precision
+from train.throughput import FlopCount
 
 _CHUNK_TOKENS = {"cuda": 8192, "cpu": 256}
 """As `distill.feature_distillation` takes them where draft.<name>.chunk_tokens is 0."""
@@ -71,7 +70,7 @@ class StepCost:
     supervised: int
 
 
-class Meter(TorchDispatchMode):
+class Meter(FlopCount):
     """Counts floating-point operations, and the bytes of tensors that were made inside and are still held.
 
     Args:
@@ -83,16 +82,13 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops, self.peak, self._live = 0.0, 0, 0
+        super().__init__()
+        self.peak, self._live = 0, 0
         self._held: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it made."""
-        output = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        output = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._hold(tensor.untyped_storage())
@@ -110,24 +106,6 @@ class Meter(TorchDispatchMode):
             del self._held[key]
 
         self._held[key] = weakref.ref(storage, drop)
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Of the CPU's kernel, which torch does not count."""
-    flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)
-    return flops
-
-
-def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    flops: int = sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-    return flops
-
-
-_FORMULAS: dict[Any, Callable[..., float]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 def step_cost(

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 
 from inference.reliability import Bin
 from inference.statistics import BASELINE, OVERALL, Estimate, Scorecard, find_card
-from pipelines.version_report.chart import DIAGONAL, FOREST, LINES, Chart, Series, exact, looks, named, pooled
+from pipelines.learning_fit import AHEAD, fit_curve, measured, proposed
+from pipelines.version_report.chart import DIAGONAL, FOREST, LINES, Chart, Series, exact, looks, named, pooled, shown
 from pipelines.version_report.contents import Contents
 
 
@@ -154,6 +155,37 @@ def learning(contents: Contents) -> list[Chart]:
                 )
             )
     return found
+
+
+def learning_curve(contents: Contents) -> list[Chart]:
+    """Expected tau by step of the winner's training, with a fitted curve and what lies ahead of it."""
+    points = measured(contents.curve)
+    if len(points) < 2:
+        return []
+    at, values = [p.step for p in points], [p.tau for p in points]
+    block = proposed(contents.curve)
+    fit = fit_curve(at, values, most=1.0 + block if block else math.inf)
+    series = [named("evaluations", zip(at, map(exact, values), strict=True))]
+    sentence = f"At the last of {len(at)} evaluations: {values[-1]:.3f}."
+    if fit is not None:
+        ahead = [(factor * at[-1], fit.estimate(factor * at[-1])) for factor in AHEAD]
+        series.append(named("fitted", [*((n, exact(min(fit.value(n), fit.most))) for n in at), *ahead]))
+        sentence += (
+            f" Fitted is a - b * steps^-{fit.power:.2f}; at {AHEAD[0]:g} times the steps {shown(ahead[0][1])}, at most "
+            f"{shown(fit.estimate(math.inf))}, for trainings whose rate falls as this one's did."
+        )
+    return [
+        Chart(
+            key="learning-curve",
+            title=f"Expected tau by step, {contents.winner}",
+            sentence=sentence,
+            kind=LINES,
+            x_label="step",
+            y_label="tau, teacher-forced",
+            series=tuple(series),
+            digits=3,
+        )
+    ]
 
 
 def _finite(value: Any) -> TypeGuard[float]:

@@ -30,6 +30,10 @@ from pipelines.version_report.examples import EXAMPLES_FILE, Example, read_examp
 
 TRAINING_FILE = "training.json"
 """What training took, by draft: `{"seed": {"steps": 100, "tokens": 1000, "seconds": 9.5}}`."""
+SPEED_FIGURES = ("steps_per_s", "tokens_per_s", "fed_tokens_per_s", "step_tflops", "peak_tflops", "mfu")
+"""What else it says of drafts that were trained here: see `train.throughput.Speed`."""
+TRAINING_FIGURES = ("steps", "tokens", "seconds", *SPEED_FIGURES)
+"""All that it may say of a draft."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Contents:
         cards: of every arm, domain and temperature.
         price_per_hour: behind the costs; 0 for unknown.
         stages: what each stage of the run took, by name; empty where the version is older than that.
-        training: what it took, by draft, where that is known: `steps`, `tokens`, `seconds`.
+        training: what it took, by draft, where that is known: `TRAINING_FIGURES`.
         calibrations: by draft, a report for each position; empty where nothing was calibrated.
         curve: rows of the training's history, each with its `step`.
         load: figures of many requests at once.

@@ -71,10 +71,10 @@ def _style(path: Path) -> Markup:
 def _words(contents: Contents) -> dict[str, Any]:
     """Everything the template shows."""
     figures = charts(contents)
-    costs, history = tables.costs(contents), tables.history(contents)
+    costs, history, training = tables.costs(contents), tables.history(contents), tables.training(contents)
     present = {
         "reliability": bool(contents.calibrations),
-        "learning": bool(figures["learning"]),
+        "learning": bool(figures["learning"]) or training is not None,
         "load": bool(figures["load"]),
         "examples": bool(contents.examples),
         "stages": bool(contents.stages),
@@ -97,6 +97,7 @@ def _words(contents: Contents) -> dict[str, Any]:
         "chances": tables.chances(contents),
         "costs": costs,
         "price": contents.price_per_hour,
+        "training": training,
         "stages": tables.stages(contents),
         "history": history,
         "lineage": tables.lineage(contents),

@@ -16,7 +16,7 @@ from pipelines.exports.write import SERVE_FOLDER, Export, Served
 from pipelines.report import interval
 from pipelines.took import stage_rows
 from pipelines.version_report.chart import MIB, pooled, shown
-from pipelines.version_report.contents import Contents, plain_text
+from pipelines.version_report.contents import SPEED_FIGURES, Contents, plain_text
 
 _ARTIFACTS = ("corpus", "draft", "score", "select", "plan")
 
@@ -230,6 +230,26 @@ def history(contents: Contents) -> Table | None:
     return Table(["time", "what", "versions", "reason"], rows) if rows else None
 
 
+def training(contents: Contents) -> Table | None:
+    """How fast every draft was trained, of those that tell; None where none does."""
+    known = {name: of for name, of in contents.training.items() if "steps_per_s" in of}
+    rows = [
+        [
+            name,
+            f"{of['steps']:,}" if "steps" in of else "-",
+            f"{of['seconds']:.0f}" if "seconds" in of else "-",
+            f"{of['steps_per_s']:.3g}",
+            f"{of['tokens_per_s']:,.0f}" if "tokens_per_s" in of else "-",
+            f"{of['fed_tokens_per_s']:,.0f}" if "fed_tokens_per_s" in of else "-",
+            f"{of['step_tflops'] * of['steps_per_s']:.3g}" if "step_tflops" in of else "-",
+            f"{of['mfu']:.1%} of {of['peak_tflops']:g}" if "mfu" in of else "-",
+        ]
+        for name, of in known.items()
+    ]
+    header = ["draft", "steps", "seconds", "steps/s", "supervised tokens/s", "fed tokens/s", "TFLOP/s", "MFU"]
+    return Table(header, rows, _place(list(known), contents.winner)) if rows else None
+
+
 def stages(contents: Contents) -> Table:
     """What each stage of the run took, in its order."""
     return Table(*stage_rows(contents.stages))
@@ -253,7 +273,11 @@ def lineage(contents: Contents) -> Table:
         ),
         ["arithmetic", str(info["decoding"]["precision"])],
         ["lookahead", plain_text(info["decoding"]["lookahead"])],
-        *([f"training {key}", plain_text(value)] for key, value in info.get("training", {}).items()),
+        *(
+            [f"training {key}", plain_text(value)]
+            for key, value in info.get("training", {}).items()
+            if key not in SPEED_FIGURES
+        ),
         ["code", f"{code.get('commit')}{', with uncommitted changes' if code.get('dirty') else ''}"],
         ["command", shlex.join(known.get("argv", []))],
         ["machine", _pairs(known.get("machine", {}))],

@@ -9,10 +9,13 @@ import torch
 
 from distill.prompts import SourceContext, package
 from inference.errors import InputError
+from inference.loading import load_causal_model
+from inference.records import Record
 from inference.statistics import Estimate
 from inference.target import TargetConfig, target_digest
-from pipelines import drift_target
-from pipelines.drift_target import Example, Settings, Tau, make_batch, read_examples, read_probe_prompts
+from pipelines import drift_target, staleness
+from pipelines.drifting_data import Example, make_batch, read_examples, read_probe_prompts, split_examples
+from pipelines.staleness import Settings, Tau
 from tests.pipelines import tiny
 from tests.pipelines.tiny import read
 
@@ -99,7 +102,7 @@ def test_labels_are_the_tokens_that_follow(target: Path) -> None:
 def test_no_row_is_trained_on_that_is_probed_or_held_out() -> None:
     tokenizer = tiny.tokenizer()
     context = SourceContext(tokenizer, 0)
-    training, probed = drift_target.split_examples(read_examples(tokenizer, max_tokens=4096))
+    training, probed = split_examples(read_examples(tokenizer, max_tokens=4096))
     assert [e.row for e in training] == list(range(900))
     assert [e.row for e in probed] == list(range(900, 1000))
     texts = [tokenizer.decode(e.tokens) for e in (*training, *probed)]
@@ -122,7 +125,7 @@ def test_every_conversation_comes_once_an_epoch() -> None:
 
 
 def test_the_loss_is_that_of_the_answer_alone(target: Path) -> None:
-    model = drift_target.load_causal_model(target, precision="fp32", device=torch.device("cpu"))
+    model = load_causal_model(target, precision="fp32", device=torch.device("cpu"))
     example = Example(0, [5, 6, 7, 8], [False, False, True, True])
     padding = Example(1, [9] * 8, [False] * 8)
     output = drift_target.answer_loss(model, make_batch([example, padding], device=model.device))
@@ -153,7 +156,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_save_that_fails_leaves_no_folder(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = drift_target.load_causal_model(target, precision="fp32", device=torch.device("cpu"))
+    model = load_causal_model(target, precision="fp32", device=torch.device("cpu"))
     adapted = drift_target._with_adapters(model, Settings(rank=2))
 
     def full(folder: Path) -> None:
@@ -167,15 +170,13 @@ def test_a_save_that_fails_leaves_no_folder(target: Path, tmp_path: Path, monkey
 
 
 def test_changes_are_paired_over_prompts() -> None:
-    def record(prompt: str, emitted: int, passes: int) -> drift_target.Record:
-        return drift_target.Record(
-            prompt, "maths", 0.0, "draft", 0, 4, emitted, passes, [], [], {}, {}, 0, 0, "", None, []
-        )
+    def record(prompt: str, emitted: int, passes: int) -> Record:
+        return Record(prompt, "maths", 0.0, "draft", 0, 4, emitted, passes, [], [], {}, {}, 0, 0, "", None, [])
 
     base = [record("a", 40, 20), record("b", 90, 30)]
     now = [record("a", 30, 20), record("b", 45, 20)]
     # tau 130 / 50 = 2.6 before, 75 / 40 = 1.875 after; each prompt alone falls by exactly a quarter.
-    tau = drift_target._tau(base, now, "maths", 0.0, seed=0)
+    tau = staleness._tau(base, now, "maths", 0.0, seed=0)
     assert isinstance(tau, Tau) and isinstance(tau.change, Estimate)
     assert tau.tau.value == pytest.approx(1.875)
     assert tau.change.value == pytest.approx(1.875 / 2.6 - 1.0)

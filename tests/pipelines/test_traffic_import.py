@@ -11,7 +11,9 @@ import pytest
 
 from inference.errors import InputError
 from inference.traffic import TrafficLog, TrafficRecord, hard_sample, read_traffic, uniform_sample
-from pipelines.traffic_import import Scrape, main, parse_scrape, records_of, summary
+from pipelines.traffic_counters import records_of
+from pipelines.traffic_import import main, summary
+from pipelines.traffic_scrapes import Scrape, parse_scrape
 
 VLLM = """\
 # HELP process_start_time_seconds Start time of the process since unix epoch in seconds.

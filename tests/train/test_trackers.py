@@ -58,10 +58,10 @@ class Recorder:
 
 def test_the_tracker_gets_every_line_and_is_closed_once(tmp_path: Path) -> None:
     recorder = Recorder()
-    tiny.run(tmp_path, tiny.network(), tracker=recorder)
+    tiny.run(tmp_path, tiny.network(), tracker=recorder, peak_tflops=1.0)
     assert [step for step, _ in recorder.lines] == [3, 4, 6, 6]
     learned = {"loss", "accuracy", "lr", "grad_norm", "tokens", "seconds"}
-    used = {"memory_gib", "tokens_per_s", "mfu"}
+    used = {"memory_gib", "steps_per_s", "tokens_per_s", "mfu"}
     assert set(recorder.lines[1][1]) == set(recorder.lines[2][1]) == learned | used
     assert 0.0 < recorder.lines[2][1]["mfu"] < 1.0
     assert recorder.finished == 1

@@ -68,8 +68,7 @@ def test_two_processes_learn_what_one_does(
 def test_a_tracker_of_the_first_process_alone_holds_nobody_up(
     tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
 ) -> None:
-    # In stage 3 FLOPs are counted in a pass that gathers: all processes take part, whoever wants to know.
-    finish(start(tmp_path, size=2, zero_stage=3, tracked=True))
+    finish(start(tmp_path, size=2, zero_stage=3, tracked=True, peak_tflops=1.0))
     close(tmp_path, alone)
     lines = [line for line in json.loads((tmp_path / "result.json").read_text())["tracked"] if "loss" in line]
     assert len(lines) == 6
@@ -151,14 +150,14 @@ def test_a_full_disk_ends_all_and_leaves_the_last_checkpoint_whole(
 
 
 def test_micro_batches_that_do_not_go_round_are_refused() -> None:
-    from train.engines.zero import check_spread
+    from train.engines.spreading import check_spread
 
     with pytest.raises(TrainingError, match="3 micro-batches a step cannot be dealt to 2 processes"):
         check_spread(adamw.Config(), accumulation=3, size=2, stage=2)
 
 
 def test_blockwise_state_is_not_spread() -> None:
-    from train.engines.zero import check_spread
+    from train.engines.spreading import check_spread
 
     with pytest.raises(TrainingError, match="8-bit optimizer state cannot be spread"):
         check_spread(adamw8bit.Config(), accumulation=2, size=2, stage=1)

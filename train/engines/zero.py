@@ -7,11 +7,8 @@ true mean over weights; and state is read and written as whole tensors through D
 pickled checkpoints.
 """
 
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,53 +18,15 @@ from torch import Tensor, distributed, nn, optim
 from train import checkpoint, precision
 from train.batches import Batch
 from train.engines import Loss, Weigh
+from train.engines.spreading import NEVER, check_spread, deepspeed_package, join, quiet
+from train.engines.whole import Whole
 from train.errors import TrainingError
 from train.optimizers import OptimizerConfig
 from train.results import LossOutput
 
-_NEVER = 10**9
 PERSISTENT_NUMBERS = 10_000
 """Parameters up to this size stay whole in stage 3: gathering one costs more than it saves."""
 Value = TypeVar("Value")
-
-
-class _Whole(nn.Module):
-    """What is trained, as one module whose only pass is the loss; everything it runs is inside that pass.
-
-    Args:
-        module: what is trained.
-        loss: batch to sums.
-        used_apart: parts of the module whose parameters are read outside their own `forward`.
-    """
-
-    def __init__(self, module: nn.Module, loss: Loss, used_apart: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.module = module
-        self._loss, self._used_apart = loss, list(used_apart)
-
-    def gather_directly(self, register: Callable[[nn.Module, nn.Parameter], None]) -> None:
-        """Let this module's pass gather what no pass of its own does: parameters of parts used apart, and of whatever
-        has parts itself. Parts used apart are called with other tensors in their parameters' places, so they are rid of
-        DeepSpeed's hooks."""
-        found = [p for part in self._used_apart for p in part.parameters()]
-        found += [p for part in self.module.modules() if any(True for _ in part.children()) for p in _own(part)]
-        for parameter in {id(p): p for p in found}.values():
-            register(self, parameter)
-        for inner in (inner for part in self._used_apart for inner in part.modules()):
-            inner._forward_pre_hooks.clear()
-            inner._forward_hooks.clear()
-
-    def forward(self, batch: Batch | None, call: Callable[[], Any] | None = None) -> Any:
-        """The loss of a batch, its other sums left in `output`; or the value of `call`, for what is not a loss."""
-        if batch is None:
-            assert call is not None, "without a batch there is something to call"
-            return call()
-        self.output = self._loss(batch)
-        return self.output.loss_sum
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module._parameters.values() if p is not None]
 
 
 class ZeroEngine:
@@ -104,8 +63,8 @@ class ZeroEngine:
         offload: str,
         used_apart: Iterable[nn.Module] = (),
     ) -> None:
-        deepspeed = _deepspeed()
-        _joined(module)
+        deepspeed = deepspeed_package()
+        join(module)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         check_spread(optimizer, accumulation=accumulation, size=self.size, stage=stage)
         self._module, self._weigh, self._arithmetic, self._stage = module, weigh, arithmetic, stage
@@ -114,9 +73,9 @@ class ZeroEngine:
         self._device = self._named[0][1].device
         self._broadcast()
         initial = {name: p.detach().cpu().clone() for name, p in self._named} if arithmetic == "bf16" else {}
-        self._whole = _Whole(module, loss, used_apart)
+        self._whole = Whole(module, loss, used_apart)
         settings = _settings(arithmetic, clip_norm, self._micros, stage, offload)
-        with _quiet():
+        with quiet():
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=self._whole, optimizer=optimizer.build(self._named), config=settings
             )
@@ -135,7 +94,7 @@ class ZeroEngine:
         # DeepSpeed divides by micro-batches and processes; a step without weight is refused by the loop.
         share = self.size * self._micros / weight if weight else 0.0
         outputs = []
-        with _quiet():
+        with quiet():
             for number, batch in enumerate(held):
                 if number:
                     self._engine.step()  # between micro-batches this only counts
@@ -156,7 +115,7 @@ class ZeroEngine:
         plain = self._stage == 0 and self._arithmetic == "fp32"
         grads = [p.grad for _, p in self._named if p.grad is not None] if plain else []
         norm = torch.nn.utils.get_total_norm(grads) if grads else None
-        with _quiet():
+        with quiet():
             self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
@@ -168,7 +127,7 @@ class ZeroEngine:
 
     def within(self, call: Callable[[], Value]) -> Value:
         """See `Engine.within`."""
-        with _quiet(), precision.arithmetic(self._arithmetic, device=self._device):
+        with quiet(), precision.arithmetic(self._arithmetic, device=self._device):
             value: Value = self._whole(None, call)
         return value
 
@@ -206,7 +165,7 @@ class ZeroEngine:
     def _gathered(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """What `read` gives for every trained parameter, kept on the CPU of the first process alone."""
         found = {}
-        with _quiet():
+        with quiet():
             for name, parameter in self._named:
                 value = read(parameter)
                 if self.rank == 0:
@@ -244,7 +203,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         gather = self._gather([p for _, p in self._named], changed=True)
-        with torch.no_grad(), _quiet(), gather:
+        with torch.no_grad(), quiet(), gather:
             for name, parameter in self._named:
                 parameter.copy_(weights[name])
         if self._stage == 0 and self._arithmetic == "fp32":
@@ -276,7 +235,7 @@ class ZeroEngine:
         """Parameters whole inside the context, and what the first process made of them spread again after it."""
         if self._stage < 3 or not parameters:
             return nullcontext()
-        context: AbstractContextManager[None] = _deepspeed().zero.GatheredParameters(
+        context: AbstractContextManager[None] = deepspeed_package().zero.GatheredParameters(
             parameters, modifier_rank=0 if changed else None
         )
         return context
@@ -332,47 +291,15 @@ class ZeroEngine:
         """See `Engine.finish`."""
         weights = self.weights()
         frozen = [p for p in self._module.parameters() if not p.requires_grad]
-        with _quiet(), self._gather(frozen):
+        with quiet(), self._gather(frozen):
             kept = [p.data.detach().float().clone() if p.is_floating_point() else p.data.clone() for p in frozen]
-        with _quiet():
+        with quiet():
             self._engine.destroy()
         for parameter, data in zip(frozen, kept, strict=True):
             parameter.data = data
         for name, parameter in self._named:
             if self.rank == 0:
                 parameter.data = weights[name].to(self._device)
-
-
-def spread_frozen(module: nn.Module) -> None:
-    """Spread a module that is never trained over all processes, in place: each layer is gathered when it is called.
-
-    All processes call it the same number of times, without gradients.
-    """
-    deepspeed = _deepspeed()
-    _joined(module)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": _NEVER}
-    with _quiet():
-        deepspeed.initialize(model=module, config=settings)
-
-
-def check_spread(optimizer: OptimizerConfig, *, accumulation: int, size: int, stage: int) -> None:
-    """Refuse what cannot be shared out.
-
-    Raises:
-        TrainingError: micro-batches that do not go round, or 8-bit state.
-    """
-    if accumulation % size:
-        raise TrainingError(
-            f"{accumulation} micro-batches a step cannot be dealt to {size} processes",
-            where="trainer.accumulation",
-            mend=f"use a multiple of {size}: the micro-batches of a step are those of all processes together",
-        )
-    if stage and getattr(optimizer, "kind", "") == "adamw8bit":
-        raise TrainingError(
-            "8-bit optimizer state cannot be spread: its blocks would cross the parts",
-            where="optimizer",
-            mend="use optimizer=adamw (ZeRO spreads its state), or trainer.zero_stage=0",
-        )
 
 
 def _settings(arithmetic: str, clip_norm: float, micros: int, stage: int, offload: str) -> dict[str, Any]:
@@ -392,40 +319,5 @@ def _settings(arithmetic: str, clip_norm: float, micros: int, stage: int, offloa
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": _NEVER,
+        "steps_per_print": NEVER,
     }
-
-
-def _joined(module: nn.Module) -> None:
-    """Make this process a group of one where torchrun started none."""
-    if not distributed.is_initialized():
-        on_gpu = any(p.device.type == "cuda" for p in module.parameters())
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        store = distributed.HashStore()  # type: ignore[attr-defined]
-        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
-def _deepspeed() -> Any:
-    """The package, quiet; its operators are not compiled, torch's are used."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        with _quiet():
-            import deepspeed
-    except ImportError as error:
-        raise TrainingError("trainer=deepspeed needs the package deepspeed", mend="install it") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Without a GPU it would compile a kernel for small sums, for inference: gloo does without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep notices to DeepSpeed's authors off the user's terminal: it asks torch by older names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield

@@ -17,7 +17,8 @@ from inference.traffic import TrafficConfig, read_traffic
 from pipelines.server.answers import Answer
 from pipelines.server.engine_loop import Job
 from pipelines.server.settings import Limits
-from pipelines.traffic_import import parse_scrape, records_of
+from pipelines.traffic_counters import records_of
+from pipelines.traffic_scrapes import parse_scrape
 from tests.pipelines.server.serving import Live, Own, live, settings_for, until
 from tests.pipelines.tiny import tokenizer
 

@@ -127,3 +127,19 @@ def test_tables_have_every_value_drawn() -> None:
 
 def test_what_is_no_number_is_shown_as_a_dash() -> None:
     assert shown(exact(math.nan)) == "-" and shown(Estimate(0.1234, 0.1, 0.2), 3) == "0.123 [0.10, 0.20]"
+
+
+def test_expected_tau_is_drawn_with_its_fit_and_what_lies_ahead(tmp_path: Path) -> None:
+    folder = write_version(tmp_path)
+    rows = [{"step": s, "eval/tau": 2.6 - 8 * s**-0.4, "eval/acceptance_3": 0.5} for s in range(200, 2001, 200)]
+    write(folder / "history.json", rows)
+    [curve] = charts(read_contents(folder))["learning"]
+    assert (curve.key, [one.name for one in curve.series]) == ("learning-curve", ["evaluations", "fitted"])
+    assert curve.series[1].x[-3:] == (4000, 8000, 20_000)
+    assert curve.series[1].y[-1].value == pytest.approx(2.6 - 8 * 20_000**-0.4, abs=0.02)
+    assert curve.sentence.startswith("At the last of 10 evaluations: 2.217. Fitted is a - b * steps^-0.4")
+    write(folder / "history.json", rows[:3])
+    [bare] = charts(read_contents(folder))["learning"]
+    assert [one.name for one in bare.series] == ["evaluations"]
+    write(folder / "history.json", rows[:1])
+    assert charts(read_contents(folder))["learning"] == []

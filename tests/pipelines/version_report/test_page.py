@@ -15,6 +15,7 @@ from pipelines.verify import read_checks
 from pipelines.version_report.contents import read_contents
 from pipelines.version_report.examples import EXAMPLES_FILE, write_examples
 from pipelines.version_report.page import REPORT_FILE, render, rounds, write_report
+from pipelines.version_report.tables import training
 from tests.pipelines.conftest import Finished
 from tests.pipelines.test_decisions import Made
 from tests.pipelines.version_report.versions import (
@@ -245,3 +246,15 @@ def test_a_version_made_by_a_run_can_be_shown_with_its_examples(finished: Finish
     assert "examples" in headings(page) and "history" in headings(page)
     for example_ in read_contents(folder).examples:
         assert example_.prompt in reader.text
+
+
+def test_training_speeds_are_told_of_drafts_that_know_them(tmp_path: Path) -> None:
+    folder = write_version(tmp_path)
+    fast = {"steps": 8000, "seconds": 382.0, "steps_per_s": 21.0, "tokens_per_s": 12_345.6, "fed_tokens_per_s": 5e4}
+    on_gpu = {**fast, "step_tflops": 10.0, "peak_tflops": 989.0, "mfu": 210 / 989}
+    write(folder / "training.json", {"fast": on_gpu, "slow": fast, "old": {"steps": 1, "seconds": 2.0}})
+    known = training(read_contents(folder))
+    assert known is not None and [row[0] for row in known.rows] == ["fast", "slow"]
+    assert known.rows[0][1:] == ["8,000", "382", "21", "12,346", "50,000", "210", "21.2% of 989"]
+    assert known.rows[1][-2:] == ["-", "-"]
+    assert "learning" in headings(render(read_contents(folder)))
