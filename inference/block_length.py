@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from inference.costs import RoundCosts
+from inference.costs import RoundCosts, interpolated
 from inference.decoder import decode
 from inference.lookahead import Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
@@ -65,6 +65,7 @@ def choose_block(
     stop_tokens: frozenset[int],
     pass_seconds: Callable[[int], float],
     seed: int,
+    costs: RoundCosts | None = None,
 ) -> BlockChoice:
     """Decode validation prompts with the longest block and take what has the best expected tokens per second.
 
@@ -74,10 +75,10 @@ def choose_block(
     t_verify(1) where it proposed nothing. A sibling adds the share of rounds in which it stood to the tokens, and one
     token to the pass; for every length siblings are added in the order of their shares. The two drafting costs come
     from a second pass over the prompts with blocks of one token; both are timed at the first setting only, so that like
-    is compared with like.
+    is compared with like. Of captured rounds all costs are given, and only acceptance is looked at.
 
     Args:
-        arm: its lookahead is not used.
+        arm: its lookahead is not used; captured, it decodes by captured rounds of the longest block.
         prompts: validation prompts, never held-out ones.
         longest: longest block considered.
         siblings: most siblings considered beside one token, at the first few positions.
@@ -86,6 +87,7 @@ def choose_block(
         stop_tokens: end an answer.
         pass_seconds: seconds of a target pass of a given width.
         seed: of the run.
+        costs: of rounds of every length up to the longest, in place of `pass_seconds` and of timing the drafting.
     """
     accepted, proposed = [0.0] * longest, [0.0] * longest
     offered = (siblings if arm.target.takes_siblings else 0,) * min(longest, _SIBLING_POSITIONS)
@@ -94,7 +96,11 @@ def choose_block(
     for prompt in prompts:
         for setting in settings:
             lookahead = FixedLookahead(longest, siblings=offered)
-            result = decode_validation(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
+            if arm.captured is None:
+                result = decode_validation(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
+            else:
+                request = Request(settings=setting, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+                result = arm.captured.decode(prompt.tokens, request=request, seed=_seed(arm, prompt, setting, seed))
             blocks.update(result.blocks)
             for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
                 accepted[k] += a
@@ -102,7 +108,7 @@ def choose_block(
             for k, ranks in enumerate(result.siblings):
                 for rank, stood in enumerate(ranks):
                     beside[k][rank] += stood
-            if setting is settings[0]:
+            if costs is None and setting is settings[0]:
                 long.add(result)
                 if longest > 1:
                     short.add(
@@ -110,13 +116,14 @@ def choose_block(
                     )
     # A drafter may be unable to propose that much; what it never proposed is not considered.
     longest = max(blocks, default=0) or longest
-    block_seconds, token_seconds = long.costs(short)
+    known = costs
+    block_seconds, token_seconds = long.costs(short) if known is None else (known.block_seconds, known.token_seconds)
     return best_block(
         accepted[:longest],
         proposed[:longest],
         token_seconds,
         block_seconds=block_seconds,
-        pass_seconds=pass_seconds,
+        pass_seconds=pass_seconds if known is None else lambda width: interpolated(known.passes, width),
         blocks=blocks,
         beside=beside,
     )
@@ -183,10 +190,12 @@ def decode_validation(
         prompt.tokens,
         request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens),
         lookahead=lookahead,
-        generator=TorchSource.seeded(
-            request_seed(seed, prompt.id, settings.temperature, arm.name, "block"), device=arm.target.device
-        ),
+        generator=TorchSource.seeded(_seed(arm, prompt, settings, seed), device=arm.target.device),
     )
+
+
+def _seed(arm: Arm, prompt: ScorePrompt, settings: SamplingSettings, seed: int) -> int:
+    return request_seed(seed, prompt.id, settings.temperature, arm.name, "block")
 
 
 def best_block(

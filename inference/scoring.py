@@ -63,6 +63,10 @@ class Arm:
             generator=TorchSource.seeded(seed, device=self.target.device),
         )
 
+    def draft_nbytes(self) -> int:
+        """Bytes of the draft, weights and caches."""
+        return self.drafter.nbytes() if self.captured is None else self.captured.draft_nbytes()
+
 
 @dataclass(frozen=True)
 class ScorePrompt:
@@ -126,7 +130,7 @@ def score_prompt(
             arm=arm.name,
             order=order.index(index),
             prompt_tokens=prompt.tokens.shape[0],
-            draft_bytes=arm.drafter.nbytes(),
+            draft_bytes=arm.draft_nbytes(),
             target_bytes=arm.target.nbytes(),
             mismatch=explain_mismatch(
                 arm.target, prompt.tokens, decoded[arm.name].tokens, reference, reference_precision=reference_precision

@@ -17,6 +17,7 @@ from inference.prescore.ranking import Prescore, prescore
 from inference.prescore.responses import fixed_responses
 from inference.scoring import Arm, ScorePrompt
 from inference.statistics import BASELINE
+from pipelines.captured import captured_costs
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
 from pipelines.report import markdown_table
@@ -98,7 +99,10 @@ def rank_arms(
     if path.is_file():
         return Ranking.from_json(read_json(path))
     start = time.monotonic()
-    found, responses = _prescores(context, drafts, validation, stops)
+    captured = captured_costs(context, arms[BASELINE])
+    base = context.plan.profile.pass_seconds(context.plan.baseline_precision, 1)
+    base = base if captured is None else captured.seconds(0)
+    found, responses = _prescores(context, drafts, validation, stops, baseline_seconds=base)
     ranked = {name: known for name, known in found.items() if known is not None}
     order = sorted(ranked, key=lambda name: -ranked[name].speedup)
     kept = set(order[:best])
@@ -121,7 +125,12 @@ def _named(candidate: Ranked) -> str:
 
 
 def _prescores(
-    context: RunContext, drafts: Mapping[str, Arm], validation: list[ScorePrompt], stops: frozenset[int]
+    context: RunContext,
+    drafts: Mapping[str, Arm],
+    validation: list[ScorePrompt],
+    stops: frozenset[int],
+    *,
+    baseline_seconds: float,
 ) -> tuple[dict[str, Prescore | None], int]:
     """The pre-score of every draft, over all temperatures together, and how many responses it rests on."""
     cfg, plan = context.cfg, context.plan
@@ -141,19 +150,27 @@ def _prescores(
             taps=[tap for reader in readers for tap in reader.taps],
         )
     ]
-    lengths = [cfg.lookahead.tokens] if cfg.lookahead.tokens else range(1, cfg.lookahead.longest_auto + 1)
     found = {
         name: prescore(
             arm.drafter,
             responses,
-            lengths=lengths,
+            lengths=_lengths(context, arm),
             passes=plan.profile.passes[plan.block_precision],
-            baseline_seconds=plan.profile.pass_seconds(plan.baseline_precision, 1),
+            baseline_seconds=baseline_seconds,
             device=target.device,
+            captured=captured_costs(context, arm),
         )
         for name, arm in drafts.items()
     }
     return found, len(responses)
+
+
+def _lengths(context: RunContext, arm: Arm) -> list[int]:
+    """Block lengths that the score may give an arm."""
+    lookahead = context.cfg.lookahead
+    longest = lookahead.tokens or lookahead.longest_auto
+    longest = longest if arm.captured is None else arm.captured.rounds.block
+    return [longest] if lookahead.tokens else [*range(1, longest + 1)]
 
 
 def prescore_markdown(ranking: Ranking) -> str:

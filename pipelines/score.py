@@ -24,6 +24,7 @@ from inference.statistics import BASELINE, OVERALL, Scorecard, find_card, scorec
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.build import DRAFT_FOLDER
+from pipelines.captured import captured_arms, captured_markdown, captures
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import SplitPrompt, read_prompts
@@ -57,6 +58,7 @@ def score_spec(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact
             "arms": list(drafts),
             "budget": {"score_minutes": cfg.budget.score_minutes, "score_prompts": cfg.budget.score_prompts},
             "device": plan.device,
+            "captured": captures(cfg),
             "precision": {"baseline": plan.baseline_precision, "block": plan.block_precision},
         },
         inputs={
@@ -118,7 +120,8 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
 
 
 def load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm]:
-    """One arm per draft; the baseline in its own best arithmetic, all others sharing one target."""
+    """One arm per draft; the baseline in its own best arithmetic, all others sharing one target. Those that are decoded
+    by captured rounds have a decoder of their longest block."""
     cfg, plan = context.cfg, context.plan
     targets: dict[str, CausalModel] = {}
 
@@ -140,7 +143,7 @@ def load_arms(context: RunContext, drafts: dict[str, Artifact]) -> dict[str, Arm
             )
         )
         arms[name] = Arm(name, verifier, drafter, FixedLookahead(0))
-    return arms
+    return captured_arms(context, arms)
 
 
 def score_prompts(rows: list[SplitPrompt], target: CausalModel, max_tokens: int) -> dict[str, list[ScorePrompt]]:
@@ -308,20 +311,29 @@ def write_results(
 ) -> None:
     """Scorecard as data, table and picture, with the ranking of all candidates where one was made; the summary goes
     into the manifest."""
-    timed = {name: draft_parts(arms[name].drafter, tokens=choice.tokens) for name, choice in plan.blocks.items()}
+    # What runs as one graph has no parts of a pass that could be timed by themselves.
+    timed = {
+        name: draft_parts(arms[name].drafter, tokens=choice.tokens)
+        for name, choice in plan.blocks.items()
+        if name not in plan.captured
+    }
     parts = {name: found for name, found in timed.items() if found is not None}
     data: dict[str, Any] = {
         "seed": context.cfg.seed,
         "price_per_hour": context.cfg.score.price_per_hour,
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
+        "policies": plan.policies,
+        "captured": sorted(plan.captured),
         "measured": {name: known.to_json() for name, known in plan.measured(context).items()},
         "draft_parts": parts,
         "prescore": None if ranking is None else ranking.to_json(),
         "scorecards": [card.to_dict() for card in cards],
     }
     write_text(work.folder / SCORECARD_FILE, json.dumps(data, indent=1) + "\n")
-    page = scorecard_markdown(cards, plan.blocks, parts)
-    write_text(work.folder / TABLE_FILE, page if ranking is None else f"{page}\n{prescore_markdown(ranking)}")
+    sections = [scorecard_markdown(cards, plan.blocks, parts), captured_markdown(plan)]
+    if ranking is not None:
+        sections.append(prescore_markdown(ranking))
+    write_text(work.folder / TABLE_FILE, "\n".join(section for section in sections if section))
     scorecard_plot(cards, work.folder / PLOT_FILE)
     work.metrics["speedup"] = {c.arm: c.speedup.value for c in cards if c.domain == "overall" and c.temperature is None}
     work.metrics["tau"] = {c.arm: c.tau.value for c in cards if c.domain == "overall" and c.temperature is None}

@@ -6,17 +6,19 @@ Chosen on validation prompts alone, written at once, and read back by a score th
 import dataclasses
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill.prompts import rank
 from inference.block_length import BlockChoice, choose_block
+from inference.costs import RoundCosts
 from inference.lookahead import Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.scoring import Arm, ScorePrompt, score_prompt
 from inference.statistics import BASELINE
 from pipelines.calibrate import calibrate
+from pipelines.captured import FIXED, captured_costs, prepared
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
 
@@ -34,18 +36,24 @@ class ScorePlan:
         prompts: ids of the held-out prompts, in the order they are decoded.
         screen_at: number of prompts after which slow arms are dropped; 0 never.
         chances: what each draft's signals are worth, as JSON; see `inference.lookahead.Chances`.
+        policies: kind of the policy each draft is decoded under; captured rounds propose a fixed number of tokens
+            whatever the configured one is.
+        captured: what captured rounds take, as JSON (`inference.costs.RoundCosts`), by arm that is decoded by them.
     """
 
     blocks: dict[str, BlockChoice]
     prompts: list[str]
     screen_at: int
     chances: dict[str, dict[str, Any]]
+    policies: dict[str, str] = field(default_factory=dict)
+    captured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def measured(self, context: RunContext) -> dict[str, Measured]:
-        """What the policies start from, by draft."""
-        passes = context.plan.profile.passes[context.plan.block_precision]
+        """What the policies start from, by draft; of a captured one all costs are those of captured rounds."""
+        profile = context.plan.profile.passes[context.plan.block_precision]
+        passes = {name: RoundCosts.from_json(costs, where="score plan").passes for name, costs in self.captured.items()}
         return {
-            name: choice.measured(passes, Chances.from_json(self.chances[name], where="score plan"))
+            name: choice.measured(passes.get(name, profile), Chances.from_json(self.chances[name], where="score plan"))
             for name, choice in self.blocks.items()
         }
 
@@ -87,6 +95,8 @@ def make_score_plan(
             data["prompts"],
             data["screen_at"],
             data["chances"],
+            data["policies"],
+            data["captured"],
         )
     cfg = context.cfg
     validation = round_robin(by_domain(prompts["validation"], cfg.seed), cfg.score.validation_prompts)
@@ -110,7 +120,17 @@ def make_score_plan(
         count = max(2, count if screened else int(left / len(groups) / per_prompt))
     chosen = round_robin(groups, count)
     screen_at = min(cfg.score.screen_after * len(groups), len(chosen))
-    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at, chances)
+    costs = {name: captured_costs(context, arm) for name, arm in arms.items()}
+    captured = {name: known.to_json() for name, known in costs.items() if known is not None}
+    policies = {name: FIXED if name in captured else cfg.lookahead.kind for name in blocks}
+    fixed = [name for name in blocks if name in captured]
+    if fixed and cfg.lookahead.kind != FIXED:
+        logger.info(
+            "captured rounds propose a fixed number of tokens: %s without lookahead=%s",
+            ", ".join(fixed),
+            cfg.lookahead.kind,
+        )
+    plan = ScorePlan(blocks, [p.id for p in chosen], screen_at, chances, policies, captured)
     write_json(path, asdict(plan))
     lengths = ", ".join(f"{name} {choice.shape}" for name, choice in blocks.items())
     logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
@@ -134,23 +154,29 @@ def _choose_blocks(
     seconds: dict[str, float] = {}
     for name, arm in arms.items():
         if name != BASELINE:
+            longest = cfg.lookahead.tokens or cfg.lookahead.longest_auto
+            siblings = 0 if cfg.lookahead.tokens else cfg.lookahead.siblings_auto
+            own = list(cfg.lookahead.siblings)
+            if arm.captured is not None:
+                longest, siblings, own = arm.captured.rounds.block, 0, []
             choice = choose_block(
                 arm,
                 validation,
-                longest=cfg.lookahead.tokens or cfg.lookahead.longest_auto,
-                siblings=0 if cfg.lookahead.tokens else cfg.lookahead.siblings_auto,
+                longest=longest,
+                siblings=siblings,
                 settings=settings,
                 max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
                 stop_tokens=stops,
                 pass_seconds=lambda width: context.plan.profile.pass_seconds(context.plan.block_precision, width),
                 seed=cfg.seed,
+                costs=captured_costs(context, arm),
             )
             if cfg.lookahead.tokens:
-                choice = dataclasses.replace(choice, tokens=cfg.lookahead.tokens, siblings=list(cfg.lookahead.siblings))
+                choice = dataclasses.replace(choice, tokens=longest, siblings=own)
             blocks[name] = choice
         timed = with_lookahead(context, arm, blocks.get(name))
         records = score_prompt(
-            [Arm(BASELINE, timed.target, timed.drafter, timed.lookahead)],
+            [dataclasses.replace(timed, name=BASELINE)],
             validation[0],
             settings=settings[0],
             max_new_tokens=min(_BLOCK_TOKENS, cfg.decode.max_new_tokens),
@@ -191,7 +217,7 @@ def _calibrate(
 
 
 def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, measured: Measured | None = None) -> Arm:
-    """The arm with the policy it is scored under.
+    """The arm with the policy it is scored under; a captured one proposes the same number of tokens every round.
 
     Args:
         context: of the run.
@@ -199,9 +225,12 @@ def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, me
         choice: block of the draft; None for the baseline.
         measured: of the draft; None for a block of the chosen length whatever the policy, as the time plan wants it.
     """
+    captured = prepared(context, arm, 0 if choice is None else choice.tokens)
     lookahead: Lookahead = FixedLookahead(0)
-    if choice is not None and measured is None:
+    if captured is not None:
+        lookahead = FixedLookahead(captured.rounds.block)
+    elif choice is not None and measured is None:
         lookahead = FixedLookahead(choice.tokens, siblings=choice.siblings)
     elif choice is not None:
         lookahead = context.cfg.lookahead.build(choice.tokens, choice.siblings, measured)
-    return Arm(arm.name, arm.target, arm.drafter, lookahead)
+    return Arm(arm.name, arm.target, arm.drafter, lookahead, captured)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ALL = "all"
 """In place of the names of exports: those that fit the draft."""
 
+CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF = "auto", "on", "off"
+
 
 @dataclass(kw_only=True)
 class ScoreConfig:
@@ -32,6 +34,9 @@ class ScoreConfig:
         decode_best: candidates that are decoded, those with the best expected speedup by the pre-score and all that
             have none; 0 decodes all of them, and so do that many or fewer candidates, without a pre-score.
         prescore_prompts: validation prompts per domain behind the pre-score.
+        captured: decode target-only and feature drafts by captured rounds (docs/gpu.md): `auto` on a CUDA device, where
+            the target can be captured; `on` anywhere, on a CPU the same rounds uncaptured; `off` nowhere. They follow
+            temperatures alone and propose a fixed number of tokens.
     """
 
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -43,6 +48,7 @@ class ScoreConfig:
     max_prompt_tokens: int = 768
     decode_best: int = 3
     prescore_prompts: int = 3
+    captured: str = CAPTURED_AUTO
 
     def __post_init__(self) -> None:
         if not self.temperatures or any(t < 0 for t in self.temperatures):
@@ -59,6 +65,11 @@ class ScoreConfig:
             )
         if self.prescore_prompts < 1:
             raise ValueError(f"score.prescore_prompts is {self.prescore_prompts}; use at least 1")
+        if self.captured not in (CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF):
+            raise ValueError(
+                f"score.captured is {self.captured!r}; choose one of {CAPTURED_AUTO}, {CAPTURED_ON}, {CAPTURED_OFF}, "
+                "in quotes in a YAML file"
+            )
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,7 @@ class StaticContext:
         self._capacity, self.shown = capacity, capacity
         self._every = torch.arange(batch, device=device)
         self._rows, self._kept, self._width, self._added = self._every, self.held, 0, 0
+        self._drafted = batch
 
     def reading(self, rows: Tensor, kept: Tensor, *, width: int) -> None:
         """A network is about to read `width` tokens of each of these requests, of which the first `kept` count.
@@ -57,20 +58,40 @@ class StaticContext:
         """
         self._rows, self._kept, self._width = rows, kept, width
 
-    def read(self) -> None:
-        """The network has read them."""
-        self.held.index_add_(0, self._rows, self._kept)
+    def starting(self, rows: Tensor, held: Tensor) -> None:
+        """These requests hold so many positions, int64 `[R]`, before a piece of their prompts is read; whatever the
+        requests before them in their places held is forgotten."""
+        self.held.index_copy_(0, rows, held)
 
-    def drafting(self) -> None:
-        """A network is about to draft for all requests."""
+    def read(self, held: Tensor) -> None:
+        """The network has read them; they hold so many positions now, int64 `[R]`."""
+        self.held.index_copy_(0, self._rows, held)
+
+    def drafting(self, requests: int | None = None) -> None:
+        """A network is about to draft for the first so many requests; None for all."""
+        self._drafted = self._every.shape[0] if requests is None else requests
         self._added = 0
+
+    def clear(self, place: int) -> None:
+        """Let a request hold nothing."""
+        self.held[place] = 0
+        self._last[place] = 0.0
+
+    def move(self, source: int, place: int) -> None:
+        """Let a request lie in another place too."""
+        for tensor in (self.held, self._last, *(buffer for layer in self._layers for buffer in layer)):
+            tensor[place] = tensor[source]
+
+    def state(self) -> list[Tensor]:
+        """What a round changes of all requests, keys and values apart."""
+        return [self.held, self._last]
 
     # `DraftContext`
 
     @property
     def last(self) -> Tensor:
         """See `DraftContext`."""
-        return self._last
+        return self._last[: self._drafted]
 
     def coming(self, count: int, device: torch.device) -> Tensor:
         """See `DraftContext.coming`."""
@@ -88,22 +109,23 @@ class StaticContext:
 
     def lengths(self, device: torch.device) -> Tensor:
         """See `DraftContext.lengths`."""
-        return self.held
+        return self.held[: self._drafted]
 
     def keys_values(self) -> KeysValues:
         """See `DraftContext.keys_values`."""
         return [
-            (keys[:, : self.shown].transpose(1, 2), values[:, : self.shown].transpose(1, 2))
+            (keys[: self._drafted, : self.shown].transpose(1, 2), values[: self._drafted, : self.shown].transpose(1, 2))
             for keys, values in self._layers
         ]
 
     def mask(self) -> Tensor:
         """See `DraftContext.mask`."""
-        return (self._columns[: self.shown] < (self.held + self._added)[:, None])[:, None, None]
+        seen = self.held[: self._drafted] + self._added
+        return (self._columns[: self.shown] < seen[:, None])[:, None, None]
 
     def lengthen(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DraftContext.lengthen`."""
-        place = self._every * self._capacity + self.held + self._added
+        place = (self._every * self._capacity + self.held + self._added)[: self._drafted]
         # Requests become the tokens of one row.
         self._write([(keys.permute(2, 1, 0, 3), values.permute(2, 1, 0, 3))], place)
         self._added += 1

@@ -1,31 +1,93 @@
 """Answers requests by replaying captured rounds: the host looks once a round, at what was emitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from inference.decoder import Clock, check_prompt_length, up_to_stop
 from inference.drafters._token import plain
 from inference.graphed.rounds import Rounds
+from inference.graphed.timing import RoundSeconds, round_seconds
+from inference.precision import model_nbytes
 from inference.request import Decoded, Request
+from inference.sampling_settings import SamplingSettings
+
+# As in the device profile.
+_TIMED_CONTEXT_TOKENS = 128
+
+
+def follows(settings: SamplingSettings) -> bool:
+    """Whether captured rounds draw as these settings say: they know temperatures alone."""
+    return plain(settings)
 
 
 class GraphedDecoder:
     """Decodes one request after another; the law and, greedy, the tokens are those of `inference.decoder.decode` with a
     fixed block.
 
-    Parts of a round are not told apart: its seconds are `verify`'s.
+    Parts of a round are not told apart while it runs. Where its parts were timed (see `timed`), drafting and verifying
+    get their seconds of every round and `other` the rest: acceptance, reading, the host. Otherwise all is `verify`'s.
 
     Args:
         rounds: of one request.
+        timed: rounds of this target and draft that were timed, by tokens proposed and whether sampled; shared with the
+            decoder's other block lengths.
     """
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: Rounds, *, timed: dict[tuple[int, bool], RoundSeconds] | None = None) -> None:
         if rounds.batch != 1:
             raise ValueError(f"rounds of {rounds.batch} requests decode no single one")
         self.rounds = rounds
+        self._timed = {} if timed is None else timed
+        self._shorter: GraphedDecoder | None = None
         device = rounds.anchors.device
         self._host = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=device.type == "cuda")
+
+    # Other block lengths
+
+    def of_block(self, block: int) -> "GraphedDecoder":
+        """The decoder of the same target and draft that proposes `block` tokens; the last one made is kept."""
+        if block == self.rounds.block:
+            return self
+        if self._shorter is None or self._shorter.rounds.block != block:
+            self._shorter = GraphedDecoder(self._rounds_of(block), timed=self._timed)
+        return self._shorter
+
+    def timed(self, block: int, *, sampled: bool) -> RoundSeconds:
+        """What a round that proposes `block` tokens takes, 0 for target-only decoding; timed when first asked for.
+
+        Rounds of other lengths than the decoder's own are dropped again.
+        """
+        if (block, sampled) not in self._timed:
+            rounds = self.rounds if block == self.rounds.block else self._rounds_of(block)
+            length = min(_TIMED_CONTEXT_TOKENS, rounds.capacity // 2)
+            self._timed[block, sampled] = round_seconds(rounds, length=length, sampled=sampled)
+        return self._timed[block, sampled]
+
+    def _rounds_of(self, block: int) -> Rounds:
+        own = self.rounds
+        network = own.network if block else None
+        return Rounds(own.target.target, network, block=block, capacity=own.capacity)
+
+    # Decoding
+
+    def prepare(self, *, longest_prompt: int, sampled: Iterable[bool]) -> None:
+        """Capture and time all that a request may come to, so that nothing is captured while one is timed.
+
+        Args:
+            longest_prompt: in tokens.
+            sampled: whether requests have temperatures; either or both.
+        """
+        rounds = self.rounds
+        for each in sampled:
+            self.timed(rounds.block, sampled=each)
+            rounds.prepare(sampled=each)
+        rounds.prepare_prompts(min(longest_prompt, rounds.capacity - rounds.block), together=1)
+
+    def draft_nbytes(self) -> int:
+        """Bytes of the draft, weights and what it has read."""
+        network, context = self.rounds.network, self.rounds.context
+        return 0 if network is None or context is None else model_nbytes(network) + context.nbytes()
 
     @torch.inference_mode()
     def decode(
@@ -49,7 +111,7 @@ class GraphedDecoder:
             ValueError: settings that these rounds do not follow.
         """
         rounds, settings = self.rounds, request.settings
-        if not plain(settings):
+        if not follows(settings):
             raise ValueError("captured rounds know temperatures alone")
         limit = min(rounds.target.target.context_limit, rounds.capacity - rounds.block)
         check_prompt_length(prompt.shape[0], limit)
@@ -80,6 +142,13 @@ class GraphedDecoder:
             finished = finished or len(result.tokens) >= budget
             if on_tokens is not None:
                 on_tokens(emitted)
-        result.seconds["verify"] = clock.now() - start
+        self._split(result, clock.now() - start, sampled=not settings.greedy)
         result.cache_nbytes = rounds.target.nbytes()
         return result
+
+    def _split(self, result: Decoded, seconds: float, *, sampled: bool) -> None:
+        """Book the seconds of all rounds of a request under their parts."""
+        known = self._timed.get((self.rounds.block, sampled), RoundSeconds(seconds, 0.0, seconds))
+        draft = min(seconds, result.passes * known.draft)
+        verify = min(seconds - draft, result.passes * known.verify)
+        result.seconds |= {"draft": draft, "verify": verify, "other": seconds - draft - verify}

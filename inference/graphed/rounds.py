@@ -1,12 +1,14 @@
 """One round of B requests in fixed shapes: draft a block, verify it, accept, read what stands; captured as one graph.
 
 The rules are those of `inference.verification`, for chains; every random decision is a uniform number handed in, so
-that nothing on the device draws. Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd
-the draft's.
+that nothing on the device draws. A round may be of the first requests alone and of a shorter block: what it shares with
+larger ones are weights and buffers. Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd
+the draft's, R requests of a pass over prompts.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +19,17 @@ from inference.graphed.contexts import StaticContext
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.model import CausalModel
 from inference.randomness import drawn
+from inference.sampling import process_logits
+from inference.sampling_settings import SamplingSettings
 
 _WARM_UPS = 3
 _MOST_PROGRAMS = 256
+# Prompts are read together in passes of so many; few sizes, since each is a graph of its own.
+_PROMPT_ROWS = (1, 4, 16, 64)
+_PROMPT_TOKENS = 8192
+# Stands for greedy decoding in a sampled round: whatever is less likely has no mass, and of equals the first is drawn
+# by a uniform number of 0.
+COLDEST = 1e-30
 
 
 class Rounds:
@@ -32,10 +42,15 @@ class Rounds:
         batch: B.
         capacity: positions a request may hold, a block that is rejected included.
         compiled: fuse the kernels of rounds by torch.compile before they are captured, which takes a minute for each.
+        taps: target layers whose outputs are kept; without a draft, which has taps of its own.
+        keep_states: keep the head's inputs; see `StaticTarget`.
+        top_k: of sampled rounds, see `SamplingSettings`.
+        top_p: likewise.
 
     Attributes:
         anchors: int64 `[B]`, the last token of each request.
         lengths: int64 `[B]`, tokens before it.
+        active: int64 `[B]`, 1, and 0 of places without a request: those are ballast and stay at length 0.
         temperatures: fp32 `[B]`; read by sampled rounds.
         uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it.
         emitted: int64 `[B, W + 1]`, what the last round emitted, then how many of them stand for emitted tokens.
@@ -53,11 +68,25 @@ class Rounds:
         batch: int = 1,
         capacity: int = 1024,
         compiled: bool = False,
+        taps: Sequence[int] = (),
+        keep_states: bool = False,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> None:
         if network is None and block:
             raise ValueError("without a draft nothing is proposed")
+        if network is not None and taps:
+            raise ValueError("a draft has taps of its own")
         self.block, self.batch, self.capacity, self.network = block, batch, capacity, network
-        self.target = StaticTarget(target, batch=batch, capacity=capacity, taps=network.taps if network else ())
+        self.truncation = SamplingSettings(temperature=1.0, top_k=top_k, top_p=top_p)
+        self.target = StaticTarget(
+            target,
+            batch=batch,
+            capacity=capacity,
+            taps=network.taps if network else taps,
+            keep_states=keep_states,
+            keep_features=bool(taps),
+        )
         device = target.device
         self.context = (
             None
@@ -73,12 +102,13 @@ class Rounds:
         )
         self.anchors = torch.zeros(batch, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.active = torch.ones(batch, dtype=torch.long, device=device)
         self.temperatures = torch.ones(batch, device=device)
         self.uniforms = torch.zeros(batch, 2 * block + 1, dtype=torch.float64, device=device)
         self.emitted = torch.zeros(batch, block + 2, dtype=torch.long, device=device)
         self._every = torch.arange(batch, device=device)
-        self._captured: dict[tuple[str, int, int], Callable[[], None]] = {}
-        self._prompt: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._captured: dict[tuple[str | int, ...], Callable[[], None]] = {}
+        self._prompt: dict[tuple[int, int], Tensor] = {}
         self._compiled = compiled
         self._pool: Any = None
 
@@ -89,7 +119,6 @@ class Rounds:
         few graphs do; all of them where a graph takes a minute to compile."""
         return self.capacity if self._compiled else min(_power_of_two(longest + self.block + 1), self.capacity)
 
-    @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> None:
         """Put a request into a place: all of its prompt but the anchor is read.
 
@@ -97,45 +126,116 @@ class Rounds:
             row: the place.
             prompt: int64 `[T]`, at least one token.
         """
-        read = prompt.shape[0] - 1
-        self.lengths[row] = 0
-        if self.context is not None:
-            self.context.held[row] = 0
-        start = 0
-        while start < read:
-            width = min(_power_of_two(read - start), self._longest_piece())
-            count = min(read - start, width)
-            ids, following, numbers = self._prompt_inputs(width)
-            ids[0, :count] = prompt[start : start + count]
-            following[0, :count] = prompt[start + 1 : start + 1 + count]
-            numbers[0], numbers[1], numbers[2] = row, start, count
-            shown = min(self.capacity, _power_of_two(start + width))
-            self._replay(("prompt", width, shown), functools.partial(self._read_prompt, width, shown))
-            start += count
-        self.lengths[row] = read
-        self.anchors[row] = prompt[-1]
-
-    def prepare(self, *, sampled: bool) -> None:
-        """Capture the rounds of every size that a request may come to, so that none is captured while one waits."""
-        sizes = {self.shown(longest) for longest in range(0, self.capacity, ALIGNMENT)}
-        for shown in sorted(sizes):
-            self.round(shown=shown, sampled=sampled)
-            self.lengths.zero_()
+        self.begin_all([row], [prompt.tolist()])
 
     @torch.inference_mode()
-    def round(self, *, shown: int, sampled: bool) -> None:
-        """One round of all requests; see `emitted`. Nothing waits for the device."""
-        self._replay(("round", shown, int(sampled)), functools.partial(self._round, shown, sampled))
+    def begin_all(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Put requests into places. Prompts that are padded to the same lengths are read together.
+
+        Args:
+            places: of each request, all different.
+            prompts: token ids of each, at least one.
+        """
+        together: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            together.setdefault(tuple(self._piece_widths(len(prompt) - 1)), []).append(index)
+        for widths, members in together.items():
+            if not widths:
+                for index in members:
+                    self._reset(places[index], active=1)
+                    self.anchors[places[index]] = prompts[index][0]
+                continue
+            most = self._rows_at_once(widths)
+            for first in range(0, len(members), most):
+                self._begin_together([(places[i], prompts[i]) for i in members[first : first + most]], widths)
+
+    def leave(self, place: int) -> None:
+        """Make a place ballast."""
+        self._reset(place, active=0)
+
+    @torch.inference_mode()
+    def move(self, source: int, place: int, *, length: int) -> None:
+        """Let a request go on in another place; its own becomes ballast.
+
+        Args:
+            source: where it is.
+            place: where it goes.
+            length: at least what it holds.
+        """
+        self.target.move(source, place, length=min(length, self.capacity))
+        if self.context is not None:
+            self.context.move(source, place)
+        for tensor in (self.anchors, self.lengths, self.active, self.temperatures):
+            tensor[place] = tensor[source]
+        self.leave(source)
+
+    def prepare(
+        self, *, sampled: bool, places: Sequence[int] | None = None, blocks: Sequence[int] | None = None
+    ) -> None:
+        """Capture the rounds of every size that a request may come to, so that none is captured while one waits.
+
+        No request is running.
+
+        Args:
+            sampled: which rounds.
+            places: numbers of places; None for all of them.
+            blocks: block lengths; None for the longest.
+        """
+        sizes = sorted({self.shown(longest) for longest in range(0, self.capacity, ALIGNMENT)})
+        for count, block, shown in itertools.product(places or [self.batch], blocks or [self.block], sizes):
+            self.round(shown=shown, sampled=sampled, places=count, block=block)
+            self.reset()
+
+    @torch.inference_mode()
+    def prepare_prompts(self, longest: int, *, together: int) -> None:
+        """Capture the passes over prompts. No request is running.
+
+        Args:
+            longest: tokens of the longest prompt.
+            together: prompts that may be read at once.
+        """
+        reads = [*range(ALIGNMENT, longest - 1, ALIGNMENT), longest - 1]
+        for widths in sorted({tuple(self._piece_widths(read)) for read in reads if read > 0}):
+            # As long as these pieces can be, but for what is padded.
+            prompt = [0] * (sum(widths[:-1]) + 2)
+            for rows in _PROMPT_ROWS:
+                if rows <= self._rows_at_once(widths) and rows < 4 * together:
+                    self._begin_together([(0, prompt)] * rows, widths)
+        self.leave(0)
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget what all requests hold."""
+        self.lengths.zero_()
+        if self.context is not None:
+            self.context.held.zero_()
+
+    @torch.inference_mode()
+    def round(self, *, shown: int, sampled: bool, places: int | None = None, block: int | None = None) -> None:
+        """One round; see `emitted`. Nothing waits for the device.
+
+        Args:
+            shown: at least what any request holds after it; see the method of that name.
+            sampled: by `temperatures` and `uniforms`.
+            places: of the first so many requests; None for all.
+            block: tokens proposed; None for the longest block.
+        """
+        count = self.batch if places is None else places
+        length = self.block if block is None else block
+        self._replay(
+            ("round", count, length, shown, int(sampled)),
+            functools.partial(self._round, count, length, shown, sampled),
+        )
 
     def parts(self, *, shown: int, sampled: bool) -> dict[str, Callable[[], None]]:
         """The parts of a round, captured apart, for who times them; they leave the round's state in disorder."""
         block = self.anchors[:, None].expand(-1, self.block + 1).contiguous()
 
         def draft() -> None:
-            self._draft(shown, sampled)
+            self._draft(self.batch, self.block, shown, sampled)
 
         def verify() -> None:
-            self.target.logits(self.target.run(block, self.lengths, self._every, shown=shown)[0])
+            self.target.logits(self.target.run(block, self.lengths, None, shown=shown)[0])
 
         return {
             "draft": self.capture(draft, compiled=self._compiled),
@@ -144,39 +244,43 @@ class Rounds:
 
     # What is captured
 
-    def _round(self, shown: int, sampled: bool) -> None:
-        tokens, rows = self._draft(shown, sampled)
-        ids = torch.cat([self.anchors[:, None], tokens], dim=1)
-        states, features = self.target.run(ids, self.lengths, self._every, shown=shown)
+    def _round(self, places: int, length: int, shown: int, sampled: bool) -> None:
+        anchors, lengths = self.anchors[:places], self.lengths[:places]
+        tokens, rows = self._draft(places, length, shown, sampled)
+        ids = torch.cat([anchors[:, None], tokens], dim=1)
+        states, features = self.target.run(ids, lengths, None, shown=shown)
         logits = self.target.logits(states)
         if sampled:
             emitted, stood = self._accept_sampled(tokens, rows, logits)
         else:
             emitted = logits.argmax(-1)
             stood = (tokens == emitted[:, :-1]).long().cumprod(1).sum(1)
+        written = stood + 1
         if self.context is not None and self.network is not None:
-            self.context.reading(self._every, stood + 1, width=self.block + 1)
+            self.context.reading(self._every[:places], written, width=length + 1)
             self.network.read(features.flatten(0, 1), emitted.flatten(), self.context)
-            self.context.read()
-        self.anchors.copy_(emitted.gather(1, stood[:, None])[:, 0])
-        self.lengths.add_(stood + 1)
-        self.emitted[:, :-1].copy_(emitted)
-        self.emitted[:, -1].copy_(stood + 1)
+        anchors.copy_(emitted.gather(1, stood[:, None])[:, 0])
+        # Ballast stays where it is, or it would come to its place's end.
+        lengths.addcmul_(written, self.active[:places])
+        if self.context is not None:
+            self.context.read(lengths)
+        self.emitted[:places, : length + 1].copy_(emitted)
+        self.emitted[:places, -1].copy_(written)
 
-    def _draft(self, shown: int, sampled: bool) -> tuple[Tensor, list[Tensor]]:
+    def _draft(self, places: int, length: int, shown: int, sampled: bool) -> tuple[Tensor, list[Tensor]]:
         """The block's tokens, int64 `[B, G]`, and the rows `[B, Vd]` they were sampled from."""
-        network, context = self.network, self.context
-        if network is None or context is None or not self.block:
-            return self.anchors[:, None][:, :0], []
+        network, context, anchors = self.network, self.context, self.anchors[:places]
+        if network is None or context is None or not length:
+            return anchors[:, None][:, :0], []
         context.shown = shown
-        context.drafting()
-        block, previous = network.begin_block(self.anchors, context), self.anchors
+        context.drafting(places)
+        block, previous = network.begin_block(anchors, context), anchors
         tokens, rows = [], []
-        for slot in range(self.block):
+        for slot in range(length):
             logits = network.step(block, slot, previous, confidence=False).logits
             if sampled:
-                probs = torch.softmax(logits.float() / self.temperatures[:, None], dim=-1)
-                index = drawn(probs, self.uniforms[:, slot])
+                probs = self._law(logits, self.temperatures[:places, None])
+                index = drawn(probs, self.uniforms[:places, slot])
                 rows.append(probs)
             else:
                 index = logits.argmax(-1)
@@ -184,52 +288,109 @@ class Rounds:
             tokens.append(previous)
         return torch.stack(tokens, dim=1), rows
 
+    def _law(self, logits: Tensor, temperatures: Tensor) -> Tensor:
+        """What is sampled from: `[..., V]` of logits, target's and draft's alike."""
+        scaled = logits.float() / temperatures
+        if self.truncation.top_k or self.truncation.top_p < 1.0:
+            rows, none = scaled.flatten(0, -2), self.anchors[:0]
+            scaled = process_logits(rows, context=none, block=none, settings=self.truncation).view_as(scaled)
+        return torch.softmax(scaled, dim=-1)
+
     def _accept_sampled(self, tokens: Tensor, rows: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Emitted tokens `[B, W]`, valid up to the one after those that stand, and how many stand, `[B]`."""
-        block = self.block
-        probs = torch.softmax(logits.float() / self.temperatures[:, None, None], dim=-1)
+        places, block = tokens.shape
+        probs = self._law(logits, self.temperatures[:places, None, None])
+        following = self.uniforms[:places, -1]
         if not block:
-            return drawn(probs[:, 0], self.uniforms[:, -1])[:, None], self.lengths.new_zeros(self.batch)
+            return drawn(probs[:, 0], following)[:, None], torch.zeros_like(self.lengths[:places])
         drafted = torch.stack(rows, dim=1)
         vocabulary = self.network.vocabulary if self.network is not None else None
         own = tokens if vocabulary is None else torch.searchsorted(vocabulary, tokens)
         chance = probs[:, :block].gather(2, tokens[..., None])[..., 0] / drafted.gather(2, own[..., None])[..., 0]
-        stood = (self.uniforms[:, block : 2 * block] < chance).long().cumprod(1).sum(1)
-        row = probs[self._every, stood]
-        taken = drafted[self._every, stood.clamp(max=block - 1)] * (stood < block)[:, None]
+        stood = (self._accepting(places, block) < chance).long().cumprod(1).sum(1)
+        every = self._every[:places]
+        row = probs[every, stood]
+        taken = drafted[every, stood.clamp(max=block - 1)] * (stood < block)[:, None]
         left = row.clone()
         if vocabulary is None:
             left -= taken
         else:
             left[:, vocabulary] -= taken
         left.clamp_(min=0.0)
-        following = drawn(torch.where(left.sum(-1, keepdim=True) > 0, left, row), self.uniforms[:, -1])
-        places = torch.arange(block + 1, device=tokens.device)
+        token = drawn(torch.where(left.sum(-1, keepdim=True) > 0, left, row), following)
+        positions = torch.arange(block + 1, device=tokens.device)
         padded = torch.cat([tokens, tokens[:, :1]], dim=1)
-        return torch.where(places < stood[:, None], padded, following[:, None]), stood
+        return torch.where(positions < stood[:, None], padded, token[:, None]), stood
 
-    def _read_prompt(self, width: int, shown: int) -> None:
-        ids, following, numbers = self._prompt_inputs(width)
-        row, start, count = numbers[0:1], numbers[1:2], numbers[2:3]
-        _, features = self.target.run(ids, start, row, shown=shown)
+    def _accepting(self, places: int, block: int) -> Tensor:
+        """The numbers that accept a block, `[B, G]`: none that has drawn a token of it."""
+        return self.uniforms[:places, self.block : self.block + block]
+
+    # Prompts
+
+    def _begin_together(self, requests: Sequence[tuple[int, Sequence[int]]], widths: tuple[int, ...]) -> None:
+        """Read prompts, each with its place, in pieces of these widths. The first one fills up the rows of a pass: to
+        read it again changes nothing."""
+        rows = next(rows for rows in _PROMPT_ROWS if rows >= len(requests))
+        filled = [*requests, *[requests[0]] * (rows - len(requests))]
+        start = 0
+        for width in widths:
+            told = []
+            for place, prompt in filled:
+                count = min(len(prompt) - 1 - start, width)
+                told.append([place, start, count, *prompt[start : start + count + 1], *[0] * (width - count)])
+            given = torch.tensor(told, pin_memory=self.anchors.device.type == "cuda")
+            self._prompt_inputs(rows, width).copy_(given, non_blocking=True)
+            shown = min(self.capacity, _power_of_two(start + width))
+            self._replay(("prompt", rows, width, shown), functools.partial(self._read_prompts, rows, width, shown))
+            start += width
+
+    def _read_prompts(self, rows: int, width: int, shown: int) -> None:
+        inputs = self._prompt_inputs(rows, width)
+        places, starts, counts = inputs[:, :3].t().contiguous()
+        tokens = inputs[:, 3:]
+        ends = starts + counts
+        _, features = self.target.run(tokens[:, :-1], starts, None if self.batch == 1 else places, shown=shown)
         if self.context is not None and self.network is not None:
-            self.context.reading(row, count, width=width)
-            self.network.read(features.flatten(0, 1), following.flatten(), self.context)
-            self.context.read()
+            self.context.starting(places, starts)
+            self.context.reading(places, counts, width=width)
+            self.network.read(features.flatten(0, 1), tokens[:, 1:].flatten(), self.context)
+            self.context.read(ends)
+        self.lengths.index_copy_(0, places, ends)
+        # After a prompt's last piece this is its last token.
+        self.anchors.index_copy_(0, places, tokens.gather(1, counts[:, None])[:, 0])
+        self.active.index_fill_(0, places, 1)
 
-    def _prompt_inputs(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A piece of a prompt, `[1, width]`, the tokens after each, and its request, start and length."""
-        if width not in self._prompt:
-            ids = torch.zeros(1, width, dtype=torch.long, device=self.anchors.device)
-            self._prompt[width] = ids, torch.zeros_like(ids), torch.ones(3, dtype=torch.long, device=ids.device)
-        return self._prompt[width]
+    def _prompt_inputs(self, rows: int, width: int) -> Tensor:
+        """Pieces of R prompts, int64 `[R, 3 + width + 1]`: place, start, length, tokens and the one after them."""
+        if (rows, width) not in self._prompt:
+            self._prompt[rows, width] = torch.zeros(rows, width + 4, dtype=torch.long, device=self.anchors.device)
+        return self._prompt[rows, width]
 
-    def _longest_piece(self) -> int:
-        return max(ALIGNMENT, min(512, self.capacity // 2 // ALIGNMENT * ALIGNMENT))
+    @staticmethod
+    def _rows_at_once(widths: Sequence[int]) -> int:
+        """Prompts that are read together in pieces of these widths, at most."""
+        return max(rows for rows in _PROMPT_ROWS if rows == 1 or rows * max(widths) <= _PROMPT_TOKENS)
+
+    def _piece_widths(self, read: int) -> Iterator[int]:
+        """Widths of the passes over so many tokens of a prompt; what they add up to has room in a place."""
+        longest = max(ALIGNMENT, min(512, self.capacity // 2 // ALIGNMENT * ALIGNMENT))
+        start = 0
+        while start < read:
+            width = min(_power_of_two(read - start), longest, self.capacity - start)
+            yield width
+            start += width
+
+    def _reset(self, place: int, *, active: int) -> None:
+        """A place of length 0."""
+        self.lengths[place] = 0
+        self.active[place] = active
+        if self.context is not None:
+            self.context.clear(place)
 
     # Capturing
 
-    def _replay(self, name: tuple[str, int, int], work: Callable[[], None]) -> None:
+    def _replay(self, name: tuple[str | int, ...], work: Callable[[], None]) -> None:
         """Run captured work, capturing it at its first time."""
         if name not in self._captured:
             self._captured[name] = self.capture(work, compiled=self._compiled and name[0] == "round")
@@ -243,8 +404,8 @@ class Rounds:
             # Every shape is a program of its own here, by design.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_PROGRAMS)
             work = torch.compile(work, dynamic=False)
-        held = [] if self.context is None else [self.context.held, self.context.last]
-        state = [(tensor, tensor.clone()) for tensor in (self.anchors, self.lengths, *held)]
+        held = [] if self.context is None else self.context.state()
+        state = [(tensor, tensor.clone()) for tensor in (self.anchors, self.lengths, self.active, *held)]
 
         def restore() -> None:
             for tensor, before in state:

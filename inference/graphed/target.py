@@ -1,6 +1,7 @@
 """A target whose passes have fixed shapes: every request has a place in buffers as long as the longest may become.
 
-Letters in shapes: B requests, W tokens of each in a pass, C positions a request may hold, S of them that a pass reads.
+Letters in shapes: B requests, W tokens of each in a pass, C positions a request may hold, S of them that a pass reads,
+R requests of a pass, D hidden size, m taps.
 """
 
 from collections.abc import Sequence
@@ -27,18 +28,33 @@ class StaticTarget:
         batch: B.
         capacity: C; a multiple of `ALIGNMENT`.
         taps: decoder layers whose outputs are wanted.
+        keep_states: keep the head's inputs of all positions.
+        keep_features: keep the outputs of `taps`, in bf16.
 
     Attributes:
         target: as given.
         batch: as given.
         capacity: as given.
+        states: `[B, C, D]`, what is kept; None unless asked for.
+        features: bf16 `[B, C, m * D]`, likewise.
 
     Raises:
-        InputError: layers of another make, or positions that depend on other requests.
+        InputError: layers of another make, layers that do not see all positions, or positions that depend on other
+            requests.
     """
 
-    def __init__(self, target: CausalModel, *, batch: int, capacity: int, taps: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        target: CausalModel,
+        *,
+        batch: int,
+        capacity: int,
+        taps: Sequence[int] = (),
+        keep_states: bool = False,
+        keep_features: bool = False,
+    ) -> None:
         check_ragged(target)
+        _check_windows(target, capacity)
         layers = lean_layers(target.model)
         if layers is None or capacity % ALIGNMENT:
             raise InputError(
@@ -57,19 +73,28 @@ class StaticTarget:
         tables = rolled_tables(*model.base_model.rotary_emb(probe, torch.arange(capacity, device=device)[None]))
         self._cosine, self._sine = (table[0].clone() for table in tables)
         first = layers[0]
-        shape = (batch, capacity, first.kv_heads, first.head_dim)
-        self._keys = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers]
-        self._values = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers]
+        # In one tensor, so that a request moves in one kernel.
+        shape = (2, len(layers), batch, capacity, first.kv_heads, first.head_dim)
+        self._held = torch.zeros(shape, dtype=self.dtype, device=device)
+        self._keys, self._values = list(self._held[0]), list(self._held[1])
+        width = probe.shape[-1]
+        self.states = torch.zeros(batch, capacity, width, dtype=self.dtype, device=device) if keep_states else None
+        self.features = (
+            torch.zeros(batch, capacity, len(self.taps) * width, dtype=torch.bfloat16, device=device)
+            if keep_features
+            else None
+        )
         self._columns = torch.arange(capacity, device=device)
+        self._every = torch.arange(batch, device=device)
         self._groups = first.heads // first.kv_heads
 
-    def run(self, ids: Tensor, starts: Tensor, rows: Tensor, *, shown: int) -> tuple[Tensor, Tensor]:
+    def run(self, ids: Tensor, starts: Tensor, rows: Tensor | None, *, shown: int) -> tuple[Tensor, Tensor]:
         """Feed W tokens to each of R requests, at their own positions; later ones there are overwritten.
 
         Args:
             ids: int64 `[R, W]`.
             starts: int64 `[R]`, positions before the tokens, at most C - W.
-            rows: int64 `[R]`, the requests.
+            rows: int64 `[R]`, the requests; None for the first R, whose keys and values are read where they lie.
             shown: S, at least what any of them holds with these tokens.
 
         Returns:
@@ -77,12 +102,12 @@ class StaticTarget:
         """
         count, width = ids.shape
         positions = starts[:, None] + torch.arange(width, device=ids.device)
-        flat = (rows[:, None] * self.capacity + positions).flatten()
+        places = self._every[:count] if rows is None else rows
+        flat = (places[:, None] * self.capacity + positions).flatten()
         tables = self._cosine[positions], self._sine[positions]
         # The queries of a group are further rows of one product: `[R, 1, groups * W, S]`.
         seen = self._columns[:shown] <= positions[:, :, None]
         mask = seen.repeat(1, self._groups, 1)[:, None]
-        whole = rows.shape[0] == self.batch
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
         for index, layer in enumerate(self._layers):
@@ -92,7 +117,9 @@ class StaticTarget:
                 for buffers, new in ((self._keys, key), (self._values, value)):
                     buffer = buffers[index]
                     buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, new.transpose(1, 2).flatten(0, 1))
-                    held.append((buffer if whole else buffer[rows])[:, :shown].transpose(1, 2))
+                    read = buffer[:, :shown]
+                    read = read[:count] if rows is None else read.index_select(0, rows)
+                    held.append(read.transpose(1, 2))
                 stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
                 mixed = functional.scaled_dot_product_attention(
                     stacked, held[0], held[1], attn_mask=mask, scale=self._layers[index].scaling
@@ -104,7 +131,17 @@ class StaticTarget:
                 tapped[index] = states
         features = torch.cat([tapped[tap] for tap in self.taps], dim=-1) if self.taps else states[..., :0]
         normed: Tensor = self._norm(states)
+        for kept, new in ((self.states, normed), (self.features, features)):
+            if kept is not None:
+                kept.view(-1, kept.shape[-1]).index_copy_(0, flat, new.flatten(0, 1).to(kept.dtype))
         return normed, features
+
+    def move(self, source: int, place: int, *, length: int) -> None:
+        """Let a request's first positions lie in another place too, with all that is kept of them."""
+        self._held[:, :, place, :length] = self._held[:, :, source, :length]
+        for kept in (self.states, self.features):
+            if kept is not None:
+                kept[place, :length] = kept[source, :length]
 
     def logits(self, states: Tensor) -> Tensor:
         """`[..., V]` of the head's inputs."""
@@ -113,4 +150,18 @@ class StaticTarget:
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(buffer.nbytes for buffer in (*self._keys, *self._values))
+        return self._held.nbytes
+
+
+def _check_windows(target: CausalModel, capacity: int) -> None:
+    """Refuse a target whose layers see the last positions only, where requests outgrow that."""
+    text = target.model.config.get_text_config(decoder=True).to_dict()
+    kinds = set(text.get("layer_types") or ())
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    narrow = kinds != {"full_attention"} and window is not None and window < capacity
+    if narrow or kinds - {"full_attention", "sliding_attention"}:
+        raise InputError(
+            f"this target's layers see {window or 'parts'} of {capacity} positions, captured rounds all of them",
+            where="target",
+            mend="decode without captured rounds",
+        )

@@ -1,7 +1,7 @@
 """The pre-score of a draft: expected tau and speedup over fixed responses, at the block length that suits it best."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,12 +38,14 @@ def prescore(
     passes: Mapping[int, float],
     baseline_seconds: float,
     device: torch.device,
+    captured: RoundCosts | None = None,
 ) -> Prescore | None:
     """Rehearse fixed responses and weigh what is written against the seconds it takes.
 
     Sums over responses come first and are divided once, as in `inference.statistics`: tau is tokens over passes, and
     the speedup is that of all tokens together. A round that proposes n tokens takes
-    t_block + n t_token + t_verify(1 + n), and t_verify(1) where it proposes nothing.
+    t_block + n t_token + t_verify(1 + n), and t_verify(1) where it proposes nothing. A captured round always proposes a
+    whole block, whatever room is left, and takes what it was timed at.
 
     Args:
         drafter: of the draft; a request of its own under way is lost.
@@ -52,6 +54,8 @@ def prescore(
         passes: seconds of a pass of the target by width, as it verifies.
         baseline_seconds: of a pass of target-only decoding.
         device: where the drafter runs.
+        captured: what captured rounds of every length take, for a draft that is decoded by them; in place of `passes`
+            and of timing the drafting.
 
     Returns:
         None for a draft that cannot be rehearsed.
@@ -64,12 +68,17 @@ def prescore(
         if rehearsal is None:
             return None
         rehearsals.append(rehearsal)
-    block_seconds, draft_seconds = drafting_costs(drafter, responses, longest=max(lengths), device=device)
-    costs = RoundCosts(passes, block_seconds, draft_seconds)
     expected = {length: [rehearsal.expected(length) for rehearsal in rehearsals] for length in lengths}
-    speedups = {length: expected_speedup(each, costs, baseline_seconds) for length, each in expected.items()}
+    if captured is None:
+        costs = RoundCosts(passes, *drafting_costs(drafter, responses, longest=max(lengths), device=device))
+        speedups = {length: expected_speedup(each, costs, baseline_seconds) for length, each in expected.items()}
+    else:
+        costs = captured
+        whole = {n: [replace(e, rounds={n: e.passes}) for e in each] for n, each in expected.items()}
+        speedups = {length: expected_speedup(each, costs, baseline_seconds) for length, each in whole.items()}
     tokens = max(lengths, key=lambda length: speedups[length])
-    return Prescore(tokens, speedups[tokens], _taus(responses, expected[tokens]), draft_seconds, block_seconds)
+    taus = _taus(responses, expected[tokens])
+    return Prescore(tokens, speedups[tokens], taus, costs.token_seconds, costs.block_seconds)
 
 
 def expected_speedup(expected: Sequence[Expected], costs: RoundCosts, baseline_seconds: float) -> float:

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from inference.attention import use_grouped_attention
+from inference.drafters.feature import FeatureDrafter
+from inference.drafters.none import NoDrafter
+from inference.graphed.arms import captured_decoder, longest_block
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
@@ -61,6 +64,26 @@ def test_one_seed_gives_one_sampled_answer(exact: CausalModel) -> None:
     decoder.decode(prompt(30, seed=9).cuda(), request=GREEDY, seed=0)
     assert decoder.decode(tokens, request=SAMPLED, seed=5).tokens == first
     assert decoder.decode(tokens, request=SAMPLED, seed=6).tokens != first
+
+
+@pytest.mark.parametrize("kind", ["none", "eagle3", "dspark"])
+def test_once_prepared_nothing_is_captured_within_an_answer(exact: CausalModel, kind: str) -> None:
+    network = None if kind == "none" else network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
+    if network is not None:
+        network.bind(exact)
+    drafter = NoDrafter() if network is None else FeatureDrafter(network)
+    longest = captured_decoder(exact, drafter, block=longest_block(drafter), tokens=200)
+    timed = [longest.timed(block, sampled=False) for block in range(longest.rounds.block + 1)]
+    assert all(0.0 <= each.draft < each.whole and 0.0 < each.verify <= each.whole for each in timed)
+    decoder = longest.of_block(min(1, longest.rounds.block))
+    decoder.prepare(longest_prompt=150, sampled=[False, True])
+    there = set(decoder.rounds._captured)
+    for length in (1, 2, 65, 150):
+        for request in (GREEDY, SAMPLED):
+            decoder.decode(prompt(length).cuda(), request=request, seed=0)
+    assert set(decoder.rounds._captured) == there
+    wanted = plainly(exact, network, prompt(20).cuda(), GREEDY).tokens
+    assert decoder.decode(prompt(20).cuda(), request=GREEDY, seed=0).tokens == wanted
 
 
 def test_half_precision_leaves_greedy_tokens_at_near_ties_alone() -> None:

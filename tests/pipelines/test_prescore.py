@@ -68,8 +68,8 @@ def test_greedy_expectations_are_what_decoding_the_same_prompts_gives(place: Wor
     compared: dict[str, tuple[float, float]] = {}
     made = prescore._prescores
 
-    def watched(context: Any, drafts: Any, validation: Any, stops: Any) -> Any:
-        found, count = made(context, drafts, validation, stops)
+    def watched(context: Any, drafts: Any, validation: Any, stops: Any, **named: Any) -> Any:
+        found, count = made(context, drafts, validation, stops, **named)
         cfg = context.cfg
         prompts = prescore.round_robin(prescore.by_domain(validation, cfg.seed), cfg.score.prescore_prompts)
         request = Request(

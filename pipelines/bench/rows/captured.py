@@ -6,7 +6,6 @@ arm of its own, so that the table shows which pays; the goal is held against the
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from inference.feature_networks import FeatureNetwork
 from inference.feature_networks._checkpoint import load_network
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
+from inference.graphed.timing import round_seconds, steady_round
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.records import Record
@@ -30,7 +30,6 @@ from pipelines.bench.outcome import Figure, Goal, Outcome
 from pipelines.progress import tracked
 
 GOAL = Goal(3.0)
-_REPLAYS = 50
 
 
 @dataclass(kw_only=True)
@@ -114,20 +113,15 @@ class Config:
         """Seconds of a greedy round and of its parts, captured apart, and its longest kernels in words."""
         assert arm.captured is not None, "all arms are captured"
         rounds = arm.captured.rounds
-        shown = rounds.shown(self.capacity // 2 - rounds.block - 1)
-
-        def whole() -> None:
-            rounds.lengths.fill_(self.capacity // 4)
-            if rounds.context is not None:
-                rounds.context.held.fill_(self.capacity // 4)
-            rounds.round(shown=shown, sampled=False)
-
-        seconds = {"whole": _timed(whole)}
-        words = "no profile" if not self.profile else _kernels(whole, self.profile)
-        if rounds.block and not self.compiled:
-            parts = {name: _timed(part) for name, part in rounds.parts(shown=shown, sampled=False).items()}
-            seconds |= {**parts, "rest": seconds["whole"] - sum(parts.values())}
-        return seconds, words
+        context_tokens = self.capacity // 4
+        by_part = bool(rounds.block) and not self.compiled
+        timed = round_seconds(rounds, length=context_tokens, sampled=False, by_part=by_part)
+        seconds = {"whole": timed.whole}
+        if by_part:
+            rest = timed.whole - timed.draft - timed.verify
+            seconds |= {"draft": timed.draft, "verify": timed.verify, "rest": rest}
+        whole = steady_round(rounds, length=context_tokens, sampled=False)
+        return seconds, _kernels(whole, self.profile) if self.profile else "no profile"
 
 
 def _arm(name: str, target: CausalModel, network: FeatureNetwork | None, config: Config, block: int) -> Arm:
@@ -135,20 +129,6 @@ def _arm(name: str, target: CausalModel, network: FeatureNetwork | None, config:
     rounds = Rounds(target, network, block=block, capacity=config.capacity, compiled=config.compiled)
     drafter = NoDrafter() if network is None else FeatureDrafter(network)
     return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
-
-
-def _timed(work: Callable[[], None]) -> float:
-    """Lower quartile of the seconds of one replay, ten in a row at a time."""
-    work()
-    seconds = []
-    for _ in range(_REPLAYS // 10):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(10):
-            work()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - began) / 10)
-    return statistics.quantiles(seconds, n=4)[0]
 
 
 def _kernels(work: Callable[[], None], count: int) -> str:

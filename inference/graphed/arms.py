@@ -1,0 +1,74 @@
+"""Which targets and drafts can be decoded by captured rounds, and their decoders.
+
+Captured are target-only decoding and chains of drafts that read the target's features, under targets that
+`inference.graphed.target` takes; look-up, drafts mixed with it and standalone models are decoded as they are.
+"""
+
+from inference.drafters import Drafter
+from inference.drafters.feature import FeatureDrafter
+from inference.drafters.none import NoDrafter
+from inference.errors import InputError
+from inference.feature_networks import FeatureNetwork
+from inference.feature_networks.medusa import Medusa
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.rounds import Rounds
+from inference.graphed.target import ALIGNMENT
+from inference.model import CausalModel
+
+
+def can_be_captured(drafter: Drafter) -> bool:
+    """Whether rounds of a draft have a fixed shape; Medusa's keep no keys and values, which the buffers are for."""
+    return isinstance(drafter, NoDrafter) or (
+        isinstance(drafter, FeatureDrafter) and not isinstance(drafter.network, Medusa)
+    )
+
+
+def longest_block(drafter: Drafter) -> int:
+    """Most tokens that captured rounds of a draft propose."""
+    return drafter.network.block if isinstance(drafter, FeatureDrafter) else 0
+
+
+def capacity_for(target: CausalModel, tokens: int, *, block: int) -> int:
+    """Positions of a request of so many tokens, prompt and answer, in whole steps of what attention kernels want.
+
+    A request ends at the context's end, whatever it proposes; only a block that is cut off there reaches beyond.
+    """
+    needed = min(tokens, target.context_limit) + block
+    return -(-needed // ALIGNMENT) * ALIGNMENT
+
+
+def captured_decoder(target: CausalModel, drafter: Drafter, *, block: int, tokens: int) -> GraphedDecoder:
+    """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
+
+    Args:
+        target: verifies; its weights are shared.
+        drafter: see `can_be_captured`; its network's weights are shared.
+        block: tokens proposed a round, at most `longest_block`; 0 without a draft.
+        tokens: of the longest request, prompt and answer.
+
+    Raises:
+        InputError: a target or a draft that cannot be captured.
+    """
+    if not can_be_captured(drafter):
+        raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
+    capacity = capacity_for(target, tokens, block=block)
+    _check_windows(target, capacity)
+    network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
+    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity))
+
+
+def _check_windows(target: CausalModel, capacity: int) -> None:
+    """Refuse a target whose layers see the last positions only, where requests outgrow that.
+
+    Raises:
+        InputError: they do.
+    """
+    text = target.model.config.get_text_config(decoder=True).to_dict()
+    kinds = set(text.get("layer_types") or ())
+    window = text.get("sliding_window") if kinds != {"full_attention"} else None
+    if kinds - {"full_attention", "sliding_attention"} or (window and window < capacity):
+        raise InputError(
+            f"this target's layers see {window or 'parts'} of {capacity} positions, captured rounds all of them",
+            where="target",
+            mend="decode without captured rounds",
+        )

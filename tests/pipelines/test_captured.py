@@ -1,0 +1,263 @@
+"""A score by captured rounds: who is captured, that nothing but time differs, how blocks are chosen, and what is said.
+
+On the CPU the same rounds run uncaptured.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from inference.drafters.feature import FeatureDrafter
+from inference.graphed import decode as decode_module
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.rounds import Rounds
+from inference.graphed.timing import RoundSeconds
+from inference.lookahead.fixed import FixedLookahead
+from inference.scoring import Arm
+from pipelines import captured as captured_module
+from pipelines import score
+from pipelines.captured import captured_markdown, prepared
+from pipelines.score_plan import ScorePlan
+from pipelines.stage_config import ScoreConfig
+from tests.inference.test_feature_drafts import CONFIGS, network_for
+from tests.inference.test_graphed_arms import captured, lean
+from tests.pipelines.tiny import Workplace, read, records, run, token_digests
+
+BLOCK = 3
+DRAFTS = (
+    "draft=[none,lookup,dspark,eagle3]",
+    *(
+        f"draft.{kind}.{name}={size}"
+        for kind in ("dspark", "eagle3")
+        for name, size in {"vocabulary": 64, "block": BLOCK, "anchors": 4}.items()
+    ),
+    "corpus.taps=[0,1,2]",
+    "draft.eagle3.taps=[0,1,2]",
+    "score.decode_best=0",
+    "score.validation_prompts=1",
+    "budget.score_prompts=1",
+    "decode.max_new_tokens=12",
+)
+ON = "score.captured=on"
+
+
+@pytest.fixture(scope="module")
+def built(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace whose drafts are built and not scored. Read only."""
+    place = tiny_place.again(tmp_path_factory.mktemp("built"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place.root)
+        for stage in ("corpus", "build"):
+            out, code = run(place.words(*DRAFTS, stage=stage))
+            assert code == 0, out
+    return place
+
+
+@pytest.fixture
+def place(built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A copy to score in."""
+    monkeypatch.chdir(tmp_path)
+    # Requests of microseconds: on a busy machine their speeds say nothing.
+    monkeypatch.setattr(score, "_ABOVE_TAU", 100.0)
+    own = built.again(tmp_path / "place")
+    for kind in ("plan", "corpus", "draft"):
+        shutil.copytree(built.artifacts / kind, own.artifacts / kind)
+    return own
+
+
+def scored(place: Workplace, *words: str) -> tuple[Path, str]:
+    """Score; returns the folder of this score, and what was printed."""
+    before = set(place.complete("score"))
+    out, code = run(place.words(*DRAFTS, *words, stage="score"))
+    assert code == 0, out
+    [folder] = set(place.complete("score")) - before
+    return folder, out
+
+
+def greedy(folder: Path) -> dict[tuple[str, str], str]:
+    """What each arm wrote at temperature 0."""
+    return {(prompt, arm): digest for (prompt, t, arm), digest in token_digests(folder).items() if t == 0.0}
+
+
+def fake_rounds(monkeypatch: pytest.MonkeyPatch, *, draft: float, rest: float = 0.0, target_only: float = 1.0) -> None:
+    """Rounds that take made-up times: a second, and for each token so much of drafting and of the rest."""
+
+    def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
+        if not rounds.block:
+            return RoundSeconds(target_only, 0.0, target_only)
+        drafting = rounds.block * draft
+        return RoundSeconds(1.0 + drafting + rounds.block * rest, drafting, 1.0 + rounds.block * rest)
+
+    monkeypatch.setattr(decode_module, "round_seconds", seconds)
+
+
+# Nothing but time
+
+
+def test_greedy_answers_are_those_of_uncaptured_arms(place: Workplace) -> None:
+    (captured, out), (plain, _) = scored(place, ON), scored(place, "score.captured=off")
+    assert [read(f / "manifest.json")["config"]["captured"] for f in (captured, plain)] == [True, False]
+    assert greedy(captured) == greedy(plain) and len(greedy(captured)) == 4 * 3
+    assert all(row["mismatch"] is None for row in records(captured))
+    lines = [line for line in out.splitlines() if "captured rounds:" in line]
+    expected = "captured rounds: none, dspark, eagle3; kernel by kernel, as no drafts that read features: lookup"
+    assert len(lines) == 1 and expected in lines[0]
+    data = read(captured / "scorecard.json")
+    assert data["captured"] == ["dspark", "eagle3", "none"] and read(plain / "scorecard.json")["captured"] == []
+    assert {row["arm"] for row in records(captured)} == {"none", "lookup", "dspark", "eagle3"}
+    # What is proposed is fixed, whatever room the budget leaves.
+    for name in ("dspark", "eagle3"):
+        tokens = data["blocks"][name]["tokens"]
+        assert 1 <= tokens <= BLOCK and data["blocks"][name]["siblings"] == []
+        assert {*map(str, [tokens])} == {n for row in records(captured) if row["arm"] == name for n in row["blocks"]}
+    page = (captured / "scorecard.md").read_text()
+    assert "## Captured rounds" in page and "| draft | block | target-only | 1 | 2 | 3 |" in page
+    assert "## Captured rounds" not in (plain / "scorecard.md").read_text()
+    assert "| dspark |" not in page.partition("## Milliseconds of drafting")[2]
+
+
+def test_all_is_captured_before_the_first_held_out_prompt(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured within an answer would be timed with it."""
+    seen: list[tuple[int, int, set[bool]] | str] = []
+    prepare, measure = GraphedDecoder.prepare, score._measure
+
+    def preparing(self: GraphedDecoder, *, longest_prompt: int, sampled: Any) -> None:
+        seen.append((self.rounds.block, longest_prompt, set(sampled)))
+        prepare(self, longest_prompt=longest_prompt, sampled=sampled)
+
+    def measuring(*given: Any) -> None:
+        seen.append("held-out prompts")
+        measure(*given)
+
+    monkeypatch.setattr(GraphedDecoder, "prepare", preparing)
+    monkeypatch.setattr(score, "_measure", measuring)
+    folder, _ = scored(place, ON, "score.max_prompt_tokens=200")
+    blocks = read(folder / "scorecard.json")["blocks"]
+    arms = [0, *(blocks[name]["tokens"] for name in ("dspark", "eagle3"))]
+    assert seen[-4:] == [*((block, 200, {False, True}) for block in arms), "held-out prompts"]
+
+
+# The block
+
+
+def test_blocks_are_chosen_by_what_captured_rounds_take(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A token that never stood is worth its place where it makes the round cheaper.
+    fake_rounds(monkeypatch, draft=0.0, rest=-0.1)
+    free, _ = scored(place, ON)
+    fake_rounds(monkeypatch, draft=50.0)
+    dear, _ = scored(place, ON, "score.prescore_prompts=2")
+    for name in ("dspark", "eagle3"):
+        assert read(free / "scorecard.json")["blocks"][name]["tokens"] == BLOCK
+        assert read(dear / "scorecard.json")["blocks"][name]["tokens"] == 1
+    plan = read(dear / "score_plan.json")
+    assert set(plan["captured"]) == {"none", "dspark", "eagle3"}
+    costs = plan["captured"]["eagle3"]
+    assert costs["token_seconds"] == pytest.approx(50.0) and costs["passes"]["1"] == 1.0
+    # What adaptive policies start from are the same costs, whole.
+    assert read(dear / "scorecard.json")["measured"]["eagle3"]["costs"] == costs
+
+
+def test_the_pre_score_ranks_by_captured_rounds_and_their_baseline(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rounds so slow beside the device profile that look-up, uncaptured, seems fast: against a baseline as slow it is.
+    fake_rounds(monkeypatch, draft=0.0, target_only=2.0)
+    folder, _ = scored(place, ON, "score.decode_best=1", "score.prescore_prompts=1")
+    known = {row["arm"]: row["prescore"] for row in read(folder / "prescore.json")["candidates"]}
+    # Rounds of a second against two: twice tau, over all temperatures together.
+    for name in ("dspark", "eagle3"):
+        taus = known[name]["taus"].values()
+        assert 1.99 * min(taus) <= known[name]["speedup"] <= 2.01 * max(taus)
+    assert known["lookup"]["speedup"] > 10.0
+
+
+def test_a_policy_that_is_not_fixed_is_said_and_written_down(place: Workplace) -> None:
+    folder, out = scored(place, ON, "lookahead=scheduled", "lookahead.tokens=0")
+    line = "captured rounds propose a fixed number of tokens: dspark, eagle3 without lookahead=scheduled"
+    assert sum(line in row for row in out.splitlines()) == 1
+    plan = read(folder / "score_plan.json")
+    assert plan["policies"] == {"lookup": "scheduled", "dspark": "fixed", "eagle3": "fixed"}
+    assert read(folder / "scorecard.json")["policies"] == plan["policies"]
+
+
+def test_a_length_of_ones_own_is_taken_as_far_as_the_draft_goes(place: Workplace) -> None:
+    folder, _ = scored(place, ON, "lookahead.tokens=8", "lookahead.siblings=[2]")
+    blocks = read(folder / "scorecard.json")["blocks"]
+    assert blocks["dspark"] == blocks["eagle3"] == {"tokens": BLOCK, "siblings": []}
+    assert blocks["lookup"] == {"tokens": 8, "siblings": [2]}
+
+
+def test_a_length_that_was_chosen_for_another_draft_is_cut_to_what_there_is() -> None:
+    """As a gate does, whose arms all propose as suits one of them."""
+    target = lean("llama", max_position_embeddings=256)
+    network = network_for(CONFIGS["eagle3"], target)
+    cfg = SimpleNamespace(score=ScoreConfig(temperatures=[0.0], max_prompt_tokens=100))
+    arm = Arm("draft", target, FeatureDrafter(network), FixedLookahead(0), captured(target, network))
+    for tokens, block in ((1, 1), (10, network.block)):
+        decoder = prepared(SimpleNamespace(cfg=cfg), arm, tokens)  # type: ignore[arg-type]
+        assert decoder is not None and decoder.rounds.block == block
+    assert prepared(SimpleNamespace(cfg=cfg), dataclasses.replace(arm, captured=None), 2) is None  # type: ignore[arg-type]
+
+
+# Killed, and gone on
+
+
+def test_a_killed_score_goes_on_by_its_plan(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = scored(place, ON)
+    partial = whole.with_name(f".partial-{whole.name}")
+    partial.mkdir()
+    lines = (whole / "records.jsonl").read_bytes().splitlines(keepends=True)
+    # Four arms a request: two requests, and one that is cut.
+    (partial / "records.jsonl").write_bytes(b"".join(lines[:9]))
+    shutil.copyfile(whole / "score_plan.json", partial / "score_plan.json")
+    digests = token_digests(whole)
+    shutil.rmtree(whole)
+
+    def chosen_anew(*_: Any, **__: Any) -> None:
+        raise AssertionError("blocks are in the plan")
+
+    monkeypatch.setattr("pipelines.score_plan.choose_block", chosen_anew)
+    again, _ = scored(place, ON)
+    assert again == whole and token_digests(again) == digests
+    assert (again / "records.jsonl").read_bytes().splitlines(keepends=True)[:8] == lines[:8]
+    assert "## Captured rounds" in (again / "scorecard.md").read_text()
+
+
+# What stands in the way
+
+
+@pytest.mark.parametrize("word", ["decode.repetition_penalty=1.2", "decode.top_k=5", "decode.top_p=0.9"])
+def test_other_sampling_settings_go_on_uncaptured_with_one_line(place: Workplace, word: str) -> None:
+    folder, out = scored(place, ON, word, "score.temperatures=[1.0]")
+    line = "no captured rounds: decode.top_k, decode.top_p and decode.repetition_penalty are more than they follow"
+    assert sum(line in row for row in out.splitlines()) == 1
+    assert read(folder / "scorecard.json")["captured"] == []
+    assert read(folder / "manifest.json")["config"]["captured"] is False
+
+
+def test_a_target_that_cannot_be_captured_is_one_line_where_it_was_asked_for(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference.graphed.target.lean_layers", lambda model: None)
+    out, code = run(place.words(*DRAFTS, ON, stage="score"))
+    assert code == 2
+    assert "dspark: this target's layers cannot be captured [score.captured]: use auto or off" in out
+    # On a device where it goes without saying, the score goes on.
+    monkeypatch.setattr(captured_module, "_asked", lambda cfg: True)
+    folder, out = scored(place)
+    assert sum("no captured rounds: this target's layers cannot be captured" in row for row in out.splitlines()) == 1
+    assert read(folder / "scorecard.json")["captured"] == []
+
+
+@pytest.mark.parametrize("value", ["yes", "True", ""])
+def test_another_word_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"score.captured is .*; choose one of auto, on, off"):
+        ScoreConfig(captured=value)
+
+
+def test_a_score_without_captured_rounds_has_no_section() -> None:
+    assert captured_markdown(ScorePlan({}, [], 0, {})) == ""
