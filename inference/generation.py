@@ -1,5 +1,6 @@
-"""Batched target-only generation, for corpora: left-padded prompts behind what all of them begin with, one cache,
-finished rows leave the batch.
+"""Target-only generation in a padded batch, of any family: left-padded prompts behind what all of them begin with, one
+cache, finished rows leave the batch. `inference.batch.responses` does the same for corpora without padding, where
+requests of a model can share a pass.
 
 Not speculative and not the baseline of any comparison. Along with the tokens it can keep the state that entered the
 output head for each of them, which is all that distillation needs of the target later.
@@ -80,7 +81,7 @@ def generate_batch(
     steps = max(budgets)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     # A window counts the padding that lies between what is shared and the rest.
-    shared = 0 if _has_windows(model) else _shared_tokens(prompts)
+    shared = 0 if _has_windows(model) else shared_tokens(prompts)
     ids, mask = left_padded([prompt[shared:] for prompt in prompts], device=model.device)
     longest = shared + ids.shape[1]
     # What all prompts begin with comes first; one column per step, so that a pass extends the mask without copying it.
@@ -112,7 +113,7 @@ def generate_batch(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            tokens = _draw(logits, settings, generator)
+            tokens = draw_tokens(logits, settings, generator)
             for index, token in enumerate(tokens.tolist()):
                 response = responses[rows[index]]
                 response.tokens.append(token)
@@ -162,7 +163,7 @@ def _finished(response: Response, states: list[torch.Tensor], stop_tokens: froze
     return Response(tokens[:end], torch.stack(states[:end]) if states else None, stopped)
 
 
-def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
+def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
     """One token per row, int64 `[batch]`, from logits `[batch, V]`."""
     none = torch.empty(0, dtype=torch.long, device=logits.device)
     processed = process_logits(logits, context=none, block=none, settings=settings)
@@ -171,7 +172,7 @@ def _draw(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Gen
     return draw(torch.softmax(processed, dim=-1), generator=generator)
 
 
-def _shared_tokens(prompts: list[list[int]]) -> int:
+def shared_tokens(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, the last of any left out; 0 where sharing them is not worth a pass."""
     shortest = min(len(prompt) for prompt in prompts) - 1
     first = prompts[0]

@@ -64,6 +64,12 @@ class MirroredSlots(SlotCache):
         self.journal.note("join")
         return slot
 
+    def fork(self, source: int, length: int) -> int:
+        """See `SlotCache.fork`."""
+        slot = super().fork(source, length)
+        self.journal.note("fork", source, length)
+        return slot
+
     def leave(self, slot: int) -> int | None:
         """See `SlotCache.leave`."""
         moved = super().leave(slot)

@@ -53,7 +53,7 @@ _FED = {
     "logits_to_keep",
     "return_dict",
 }
-_EDITS = {"rollback", "move", "batch_select_indices", "join", "leave"}
+_EDITS = {"rollback", "move", "batch_select_indices", "join", "fork", "leave"}
 
 
 Task = Callable[[processes.Group, dict[str, Any]], None]

@@ -126,10 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _on_all_processes(program: Callable[[], int]) -> int:
-    """Under torchrun, run a program on the first process; the others hold parts of its targets and train with it."""
+    """Under torchrun, run a program on the first process; the others do their parts: of targets, trainings, corpora."""
     try:
-        ranks = importlib.import_module("pipelines.ranks")
-        code: int = importlib.import_module("inference.parallel").run(program, {ranks.TASK: ranks.come})
+        tasks = [importlib.import_module(f"pipelines.{name}") for name in ("ranks", "corpus_shards")]
+        run = importlib.import_module("inference.parallel").run
+        code: int = run(program, {module.TASK: module.come for module in tasks})
     except Exception as error:
         return _end(ending(error, words=()))
     # All have parted in good order; what libraries take down after that aborts now and then, with threads running.

@@ -1,4 +1,4 @@
-"""The processes that train together, as each of them sees the others. One without a group is alone."""
+"""The processes that work together, as each of them sees the others. One without a group is alone."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Company:
-    """The processes that train together; one without a group is alone."""
+    """The processes that work together; one without a group is alone."""
 
     group: Group | None = None
 
@@ -48,7 +48,10 @@ class Company:
 
     def device(self, cfg: RunConfig) -> torch.device:
         """The device asked for; of several processes each has a GPU of its own."""
-        device = cfg.target.torch_device()
+        return self.own(cfg.target.torch_device())
+
+    def own(self, device: torch.device) -> torch.device:
+        """This process's own GPU in place of a GPU, if there are several processes."""
         if self.group and device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)

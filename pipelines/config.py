@@ -111,6 +111,26 @@ class BudgetConfig:
                 raise ValueError(f"budget.{item.name} must be above 0, got {value}: raise it, or leave it out")
 
 
+CORPUS_SHARING = ("auto", "data", "tensor")
+
+
+@dataclass
+class ProcessesConfig:
+    """What the processes of `dspark launch` do.
+
+    Attributes:
+        corpus: how they write it: `data` = each has a target of its own and writes its share of the shards; `tensor` =
+            the target is spread over them, where it can be; `auto` = data, unless `target.spread_teacher` says that the
+            target is too large for one device, or its weights would take more than 60 % of one.
+    """
+
+    corpus: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.corpus not in CORPUS_SHARING:
+            raise ValueError(f"processes.corpus is {self.corpus!r}; use one of {', '.join(CORPUS_SHARING)}")
+
+
 @dataclass
 class RunConfig:
     """Everything a run is made from.
@@ -134,6 +154,7 @@ class RunConfig:
         realign: what a re-alignment may spend, and when it promotes.
         tracker: where training curves go.
         budget: minutes, or explicit numbers.
+        processes: what several processes of one run do.
         paths: where things are kept.
         seed: seed of everything random, at least 0.
         stage: one of `STAGES` or `EXTRA`, or "all".
@@ -157,6 +178,7 @@ class RunConfig:
     realign: RealignConfig = MISSING
     tracker: Any = MISSING
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     seed: int = 0
     stage: str = "all"

@@ -1,23 +1,24 @@
 """Stage 1: the target answers prompts. Held-out prompts are only listed; their answers are made while scoring.
 
 The prompts are fixed first, in one file; every shard after that depends on the prompts, the settings and its own
-number alone, so a killed run goes on after its last shard and ends with the same bytes.
+number alone, so a killed run goes on after its last shard and ends with the same bytes, whichever of several processes
+writes it (`pipelines.corpus_shards`).
 """
 
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from distill.chat import follow_up, messages_for, render_prompt
-from distill.corpus import read_shard, shard_written, write_shard
-from distill.features import bytes_per_token, feature_bytes, features_path, kept_taps, write_features
+from distill.corpus import read_shard, shard_written
+from distill.features import bytes_per_token, feature_bytes, features_path
 from distill.prompts import Prompt, SourceContext, rank
-from distill.responses._context import AnswerContext
 from distill.responses.local import Config as LocalResponses
 from distill.splits import PromptSet, prepare_prompts, prompts_digest
 from inference.errors import InputError
@@ -28,9 +29,10 @@ from inference.taps import check_taps
 from inference.target import config_shape, stop_tokens
 from pipelines import lineage
 from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.company import Company
 from pipelines.context import RunContext
+from pipelines.corpus_shards import Shards, is_compressed, sharing_group, write_missing
 from pipelines.files import content_digest, plain, write_json, write_text
-from pipelines.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +94,20 @@ def read_prompts(folder: Path) -> list[SplitPrompt]:
 
 
 class _LazyTarget:
-    """The target in its generation arithmetic, loaded when first needed."""
+    """The target in its generation arithmetic, loaded when first needed.
 
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
+    Args:
+        load: gives it.
+    """
+
+    def __init__(self, load: Callable[[], CausalModel]) -> None:
+        self._load = load
         self._model: CausalModel | None = None
 
     @property
     def model(self) -> CausalModel:
         if self._model is None:
-            plan, cfg = self._context.plan, self._context.cfg
-            self._model = cfg.target.load(cfg.paths.cache, precision=plan.generation_precision)
+            self._model = self._load()
         return self._model
 
     def sample(
@@ -122,33 +127,35 @@ class _LazyTarget:
 
 
 def _make(context: RunContext, work: Work) -> None:
-    cfg, target = context.cfg, _LazyTarget(context)
+    cfg, precision = context.cfg, context.plan.generation_precision
+    group = sharing_group(cfg, context.target_folder, precision=precision)
+    shards = Shards(
+        folder=work.folder,
+        target_folder=context.target_folder,
+        target=cfg.target,
+        precision=precision,
+        corpus=cfg.corpus,
+        seed=cfg.seed,
+    )
+    target = _LazyTarget(
+        lambda: shards.load(Company(group)) if group else cfg.target.load(cfg.paths.cache, precision=precision)
+    )
     tokenizer = load_tokenizer(context.target_folder)
     if not (work.folder / PROMPTS_FILE).is_file():
         source_context = SourceContext(tokenizer=tokenizer, seed=cfg.seed, sample=target.sample)
         prompts = prepare_prompts(cfg.prompts, source_context, validation_share=VALIDATION_SHARE, seed=cfg.seed)
         _write_prompts(work.folder, prompts, chosen=_choose(prompts, context, tokenizer))
-    chosen = [p for p in read_prompts(work.folder) if p.split != "heldout"]
-    chosen.sort(key=lambda p: (_rendered_length(p.prompt, tokenizer), p.prompt.id))
-    size = cfg.corpus.batch_size
-    shards = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    taps = _affordable_taps(context, [p.prompt for p in chosen], tokenizer, work.folder)
-    for index, shard in tracked(list(enumerate(shards)), "corpus", unit="shards"):
-        if shard_written(work.folder, index):
-            continue
-        model = target.model if cfg.corpus.needs_target() else None
-        stops = stop_tokens(target.model) if cfg.corpus.needs_target() else frozenset[int]()
-        samples = cfg.corpus.answer(
-            [p.prompt for p in shard],
-            splits=[p.split for p in shard],
-            context=AnswerContext(tokenizer, stops, model, taps),
-            seed=cfg.seed * 1_000_003 + index * 1_009,
-        )
-        kept = [sample.features for sample in samples if sample.features is not None]
-        if taps and len(kept) == len(samples):
-            write_features(work.folder, index, kept, taps, compressed=_compressed(cfg.corpus))
-        write_shard(work.folder, index, samples)
-    work.metrics.update(_metrics(work.folder, len(shards)))
+    lines = read_prompts(work.folder)
+    chosen = [row for row, line in enumerate(lines) if line.split != "heldout"]
+    chosen.sort(key=lambda row: (_rendered_length(lines[row].prompt, tokenizer), lines[row].prompt.id))
+    size = cfg.corpus.conversations_per_shard()
+    rows = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    prompts_of = [lines[row].prompt for row in chosen]
+    taps = _affordable_taps(context, prompts_of, tokenizer, work.folder, num_shards=len(rows))
+    shares = write_missing(replace(shards, taps=taps, rows=rows), lambda: target.model, group=group)
+    if len(shares) > 1:
+        logger.info("corpus: %s", ", ".join(f"{share.shards} shards in {share.seconds:.0f} s" for share in shares))
+    work.metrics.update(_metrics(work.folder, len(rows)))
     if taps:
         hidden, metrics = int(str(config_shape(context.target_folder)["hidden_size"])), work.metrics
         ours, theirs = bytes_per_token(
@@ -156,19 +163,14 @@ def _make(context: RunContext, work: Work) -> None:
             stated=metrics["stated_tokens"],
             hidden=hidden,
             num_taps=len(taps),
-            compressed=_compressed(cfg.corpus),
+            compressed=is_compressed(cfg.corpus),
         )
         work.metrics["feature_bytes_per_token"] = {"kept": round(ours), "reference_cache": round(theirs)}
         logger.info("features: %.0f bytes a token kept, %.0f in the layout of DeepSpec's cache", ours, theirs)
 
 
-def _compressed(corpus: object) -> bool:
-    """Whether features are kept as 8-bit numbers."""
-    return isinstance(corpus, LocalResponses) and corpus.compress_features
-
-
 def _affordable_taps(
-    context: RunContext, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, folder: Path
+    context: RunContext, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, folder: Path, *, num_shards: int
 ) -> list[int]:
     """Layers whose features are kept with the responses: what the settings want, if there is room for it.
 
@@ -186,8 +188,9 @@ def _affordable_taps(
     if not taps:
         return []
     check_taps(taps, num_layers, where="corpus.taps")
-    if shard_written(folder, 0):
-        return kept_taps(folder)  # decided by the run that was interrupted, with another disk before it
+    written = next((index for index in range(num_shards) if shard_written(folder, index)), None)
+    if written is not None:  # decided by the run that was interrupted, with another disk before it
+        return taps if features_path(folder, written).is_file() else []
     longest = sum(_longest(p, tokenizer, answer=cfg.max_new_tokens) for p in prompts)
     hidden = int(str(shape["hidden_size"]))
     size = feature_bytes(tokens=longest, hidden=hidden, num_taps=len(taps), compressed=cfg.compress_features)
@@ -195,8 +198,9 @@ def _affordable_taps(
     said = f"features of layers {', '.join(map(str, taps))}: at most {size / 2**20:.0f} MiB"
     if size > room:
         logger.warning("%s, more than the %.0f MiB there is room for: not kept", said, room / 2**20)
-        # A run killed before its first shard was whole may have left that shard's features.
-        features_path(folder, 0).unlink(missing_ok=True)
+        # A run killed before a first shard was whole may have left the features of some.
+        for index in range(num_shards):
+            features_path(folder, index).unlink(missing_ok=True)
         return []
     logger.info("%s", said)
     return taps

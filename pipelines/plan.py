@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from distill.responses.local import Config as LocalResponses
+from inference.batch.responses import answer_all
 from inference.device_profile import DeviceProfile, device_profile, profile_from_json
 from inference.errors import InputError
-from inference.generation import generate_batch
 from inference.target import config_shape
 from pipelines.artifacts import Artifact, Spec, Store, Work
 from pipelines.config import RunConfig
@@ -161,19 +161,13 @@ def time_generation(cfg: RunConfig, corpus: LocalResponses, precision: str) -> t
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (corpus.batch_size, length), generator=generator).tolist()
 
+    taps = corpus.tapped_layers(model.model.config.get_text_config(decoder=True).num_hidden_layers)
+    wanted = corpus.wanted(stop_tokens=frozenset(), taps=taps)
+
     def seconds(prompts: list[list[int]], tokens: int) -> float:
         start = time.perf_counter()
-        generate_batch(
-            model,
-            prompts,
-            settings=corpus.settings(),
-            max_new_tokens=tokens,
-            stop_tokens=frozenset(),
-            seed=0,
-            keep_states=corpus.keep_states,
-            keep_prompt_states=corpus.keep_states and corpus.keep_prompt_states,
-            taps=corpus.tapped_layers(model.model.config.get_text_config(decoder=True).num_hidden_layers),
-        )
+        asked = dataclasses.replace(wanted, max_new_tokens=tokens)
+        answer_all(model, prompts, asked, max_running=corpus.batch_size, seed=0)
         return time.perf_counter() - start
 
     seconds([row[:4] for row in ids], 2)  # warms up

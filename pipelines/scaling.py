@@ -5,6 +5,8 @@
 Everything runs by the ordinary commands over one corpus. For strong scaling a step has `--micros` micro-batches in all,
 for weak scaling as many for each process; the first ZeRO stage is measured so, the others once, on the most processes.
 With `--resume` a run is stopped half-way and goes on with another number of processes; with `--kill` one is killed.
+With `--offload` the most processes train under stage 3 with what it names in the CPU's memory. How decoding and the
+corpus spread over processes is `pipelines.spreading`.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from typing import Any
 
 from pipelines.files import write_json
 
+OFFLOADS = ("none", "optimizer", "all")
+_OFFLOAD_STAGE = 3  # the one that all of them work under
 _ALWAYS = ("trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0")
 
 
@@ -63,6 +67,7 @@ class Place:
             "step_seconds": metrics["step_seconds"],
             "tokens": metrics["tokens"],
             "peak_memory_gib": (took["device_bytes"] or took["resident_bytes"]) / 2**30,
+            "resident_gib": took["resident_bytes"] / 2**30,
             "collectives": found.get("collectives_ms", 0.0) / found["total_ms"] if found else None,
             "kernels": found.get("rows", [])[:5],
         }
@@ -101,6 +106,21 @@ def measure(place: Place, sizes: Sequence[int], stages: Sequence[int], micros: i
                 results[name]["off"] = off(results[name]["losses"], same["losses"])
                 say(name, results[name])
     return results
+
+
+def offloaded(place: Place, kinds: Sequence[str], size: int, micros: int, runs: dict[str, Any]) -> None:
+    """The same training with more and more in the CPU's memory; adds to the runs, among which the plain one may be."""
+    if "plain" not in runs:
+        finished(place.run("plain", "build", [f"trainer.accumulation={micros}", *_ALWAYS]))
+        runs["plain"] = {"size": 1, "micros": micros, **place.outcome("plain")}
+        say("plain", runs["plain"])
+    for kind in kinds:
+        name = f"offload_{kind}"
+        words = ["trainer=deepspeed", f"trainer.zero_stage={_OFFLOAD_STAGE}", f"trainer.offload={kind}"]
+        finished(place.run(name, "build", [*words, f"trainer.accumulation={micros}", *_ALWAYS], size=size))
+        runs[name] = {"size": size, "micros": micros, "stage": _OFFLOAD_STAGE, "offload": kind, **place.outcome(name)}
+        runs[name]["off"] = off(runs[name]["losses"], runs["plain"]["losses"])
+        say(name, runs[name])
 
 
 def off(losses: Sequence[float], same: Sequence[float]) -> float:
@@ -179,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micros", type=int, default=8, help="micro-batches of a step (strong), or for each (weak)")
     parser.add_argument("--steps", type=int, default=12, help="of each training")
     parser.add_argument("--profile", type=int, default=3, help="steps that are profiled (0 = none)")
+    parser.add_argument("--offload", nargs="*", choices=OFFLOADS, default=[], help="kept in the CPU's memory")
     parser.add_argument("--resume", action="store_true", help="stop and go on with another number of processes")
     parser.add_argument("--kill", action="store_true", help="kill one process")
     parser.add_argument("words", nargs="*", help="Hydra words of every run")
@@ -189,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"runs": measure(place, args.sizes, args.stages, args.micros, args.profile)}
     place.root.mkdir(parents=True, exist_ok=True)
     write_json(place.root / "scaling.json", result)
+    if args.offload:
+        offloaded(place, args.offload, max(args.sizes), args.micros, result["runs"])
     if args.resume:
         result["resumed"] = resumed(place, max(args.sizes), args.micros, (args.stages or [2])[-1])
     if args.kill:

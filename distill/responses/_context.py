@@ -1,7 +1,7 @@
 """What a generator of responses may use, and the tokens it gives back. Not a generator."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distill.prompts import Prompt
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from distill.corpus import Sample
+    from inference.answers import Answering
     from inference.model import CausalModel
 
 
@@ -23,12 +24,20 @@ class AnswerContext:
         stop_tokens: end a response.
         model: the target in its generation arithmetic; None for generators that do not run it here.
         taps: target layers whose features are kept along with the tokens; none for none.
+        made: what a generator has made of the target, for the shards to come.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     stop_tokens: frozenset[int]
     model: "CausalModel | None"
     taps: Sequence[int] = ()
+    made: "list[Answering]" = field(default_factory=list)
+
+    def answering(self, make: "Callable[[AnswerContext], Answering]") -> "Answering":
+        """What answers, made when first asked for."""
+        if not self.made:
+            self.made.append(make(self))
+        return self.made[0]
 
 
 def sample_of(

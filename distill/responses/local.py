@@ -1,5 +1,6 @@
-"""The target answers in this process: batched, sorted by length, sampled from its own distribution."""
+"""The target answers in this process: many conversations at once, sorted by length, drawn from its own distribution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
     import torch
 
     from distill.corpus import Sample
+    from inference.answers import Answering
+    from inference.batch.responses import Wanted
     from inference.generation import Response
+
+
+_SHARD_BATCHES = 4
+_SHARD_CONVERSATIONS = 256
 
 
 @dataclass(kw_only=True)
@@ -26,7 +33,9 @@ class Config:
         top_k: see `inference.sampling_settings.SamplingSettings`.
         top_p: see `inference.sampling_settings.SamplingSettings`.
         max_new_tokens: longest response of one turn, in tokens.
-        batch_size: conversations answered together, which is also one shard.
+        batch_size: conversations answered at once; where one has its answer the next begins, within a shard.
+        shard_size: conversations of a shard, which is what a killed run writes again; never fewer than `batch_size`. 0
+            for four times as many as that, but at most 256.
         keep_states: keep the states that predicted each token, so that training need not run the target again.
         keep_prompt_states: keep them for the prompts' tokens as well, for drafts that learn from prompts.
         keep_features: keep the target's features too, for drafts that read them, unless they need more than
@@ -42,6 +51,7 @@ class Config:
     top_p: float = 1.0
     max_new_tokens: int = 128
     batch_size: int = 32
+    shard_size: int = 0
     keep_states: bool = True
     keep_prompt_states: bool = True
     keep_features: bool = True
@@ -54,9 +64,17 @@ class Config:
             raise ValueError(
                 f"corpus.max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens}, {self.batch_size}"
             )
+        if self.shard_size < 0:
+            raise ValueError(f"corpus.shard_size is {self.shard_size}; use 0 or more")
         if not self.features_gib >= 0:
             raise ValueError(f"corpus.features_gib is {self.features_gib}; use 0 or more")
         self.settings()
+
+    def conversations_per_shard(self) -> int:
+        """See `shard_size`; some batches each, since answers wait for nobody within a shard, but few enough for their
+        states to fit into memory."""
+        wanted = self.shard_size or min(_SHARD_BATCHES * self.batch_size, _SHARD_CONVERSATIONS)
+        return max(self.batch_size, wanted)
 
     def settings(self) -> SamplingSettings:
         """Sampling settings of the responses."""
@@ -72,6 +90,33 @@ class Config:
         """Whether `answer` runs the target in this process."""
         return True
 
+    def wanted(self, *, stop_tokens: frozenset[int], taps: Sequence[int]) -> "Wanted":
+        """What the answers of a turn are to be, and what is kept along with them."""
+        from inference.batch.responses import Wanted
+
+        return Wanted(
+            settings=self.settings(),
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=stop_tokens,
+            keep_states=self.keep_states,
+            keep_prompt_states=self.keep_states and self.keep_prompt_states,
+            taps=tuple(taps),
+        )
+
+    def answering(self, context: AnswerContext) -> "Answering":
+        """The target, ready for shard after shard."""
+        from inference.answers import Answering
+
+        assert context.model is not None, "the local generator runs the target"
+        wanted = self.wanted(stop_tokens=context.stop_tokens, taps=context.taps)
+        return Answering(context.model, wanted, max_running=self.batch_size)
+
+    def prepare(self, prompts: Sequence[Prompt], context: AnswerContext) -> None:
+        """Make ready for all shards to come, by the longest first turn of these prompts."""
+        first = [messages_for(prompt.turns[:1], system=prompt.system) for prompt in prompts]
+        longest = max(len(render_prompt(context.tokenizer, messages)) for messages in first)
+        context.answering(self.answering).prepare(longest_prompt=longest)
+
     def answer(self, prompts: list[Prompt], *, splits: list[str], context: AnswerContext, seed: int) -> "list[Sample]":
         """Answer a batch of prompts turn by turn, keeping the very ids the target wrote.
 
@@ -81,25 +126,13 @@ class Config:
             context: the target among it.
             seed: fixes every draw of this shard.
         """
-        from inference.generation import generate_batch
-
-        assert context.model is not None, "the local generator runs the target"
+        answering = context.answering(self.answering)
         threads = [_Thread(prompt, context) for prompt in prompts]
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
             waiting = [thread for thread in threads if thread.open_turn(turn)]
             if not waiting:
                 continue
-            responses = generate_batch(
-                context.model,
-                [thread.ids for thread in waiting],
-                settings=self.settings(),
-                max_new_tokens=self.max_new_tokens,
-                stop_tokens=context.stop_tokens,
-                seed=seed + turn,
-                keep_states=self.keep_states,
-                keep_prompt_states=self.keep_states and self.keep_prompt_states,
-                taps=context.taps,
-            )
+            responses = answering.answer([thread.ids for thread in waiting], seed=seed + turn)
             for thread, response in zip(waiting, responses, strict=True):
                 thread.add(response)
         return [thread.sample(split) for thread, split in zip(threads, splits, strict=True)]

@@ -86,6 +86,10 @@ class Config:
         if self.timeout_s <= 0 or self.backoff_s < 0:
             raise ValueError(f"server: timeout_s {self.timeout_s}, backoff_s {self.backoff_s}: use positive seconds")
 
+    def conversations_per_shard(self) -> int:
+        """Conversations of a shard."""
+        return self.batch_size
+
     def needs_target(self) -> bool:
         """Whether `answer` runs the target in this process."""
         return False

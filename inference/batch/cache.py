@@ -129,6 +129,8 @@ class SlotLayer(DynamicLayer):
 
     def copy_slot(self, source: int, destination: int, *, length: int) -> None:
         """Let the first `length` positions of one slot lie in another as well."""
+        if self.is_initialized:
+            self._reserve(destination + 1, length)
         for buffer in self.buffers:
             buffer[destination, :, :length] = buffer[source, :, :length]
 
@@ -211,6 +213,23 @@ class SlotCache(Cache):
         if len(written) < len(lengths):
             written.append(0)
         return len(lengths) - 1
+
+    @torch.inference_mode()
+    def fork(self, source: int, length: int) -> int:
+        """Activate the next slot with the first `length` positions of an active one in it, and return it.
+
+        Raises:
+            ValueError: all slots are taken, or the source does not hold so many.
+        """
+        lengths, written = self._ledger.lengths, self._ledger.written
+        if not 0 <= source < len(lengths) or lengths[source] < length:
+            raise ValueError(f"no active slot {source} with {length} positions")
+        slot = SlotCache.join(self)
+        for layer in self.slot_layers:
+            layer.copy_slot(source, slot, length=length)
+        lengths[slot] = length
+        written[slot] = max(written[slot], length)
+        return slot
 
     @torch.inference_mode()
     def leave(self, slot: int) -> int | None:

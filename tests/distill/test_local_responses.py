@@ -11,6 +11,7 @@ from distill.corpus import Sample
 from distill.prompts import Prompt
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config
+from inference.attention import use_grouped_attention
 from inference.generation import Response
 from inference.model import CausalModel
 from tests.inference.families import family_model
@@ -20,7 +21,9 @@ ONE_TURN = Prompt(id="q", domain="code", source="made", turns=("only?",), system
 
 
 def _model(tokenizer: PreTrainedTokenizerFast) -> CausalModel:
-    return family_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = family_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    use_grouped_attention(model.model)
+    return model
 
 
 def _context(tokenizer: PreTrainedTokenizerFast, *stops: str) -> AnswerContext:
@@ -36,14 +39,14 @@ def script(monkeypatch: pytest.MonkeyPatch, chatml: PreTrainedTokenizerFast) -> 
     def put(*turns: list[str]) -> list[list[int]]:
         waiting, given = list(turns), list[list[int]]()
 
-        def generate(model: object, prompts: list[list[int]], **_: object) -> list[Response]:
+        def answer(model: object, prompts: list[list[int]], wanted: object, **_: object) -> list[Response]:
             given.extend(list(p) for p in prompts)
             ids = [chatml(text, add_special_tokens=False)["input_ids"] for text in waiting.pop(0)]
             assert len(ids) == len(prompts)
             # State j of a response is the number j, to be recognised again.
             return [Response(i, torch.arange(float(len(i)))[:, None]) for i in ids]
 
-        monkeypatch.setattr("inference.generation.generate_batch", generate)
+        monkeypatch.setattr("inference.answers.answer_all", answer)
         return given
 
     return put
@@ -184,3 +187,11 @@ def test_settings_out_of_range_are_refused(values: dict[str, float], message: st
 
 def test_the_target_is_needed_here() -> None:
     assert Config().needs_target()
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "shard"),
+    [(1, 0, 4), (32, 0, 128), (100, 0, 256), (512, 0, 512), (4, 4, 4), (4, 10, 10), (8, 4, 8)],
+)
+def test_a_shard_is_some_batches_but_not_too_many_conversations(batch: int, size: int, shard: int) -> None:
+    assert Config(batch_size=batch, shard_size=size).conversations_per_shard() == shard

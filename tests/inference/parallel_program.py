@@ -16,6 +16,7 @@ import torch
 
 from inference import sharded
 from inference.batch import BatchEngine
+from inference.batch.responses import Wanted, answer_all
 from inference.cache import RollbackCache
 from inference.decoder import decode
 from inference.drafters import Drafter
@@ -109,6 +110,21 @@ def everything(folder: Path) -> int:
         keep_states=True,
         taps=[0, 1],
     )
+    begun = prompt(9, 6).tolist()  # read once for all
+    more = answer_all(
+        target,
+        [[*begun, *prompt(3 * n, n).tolist()] for n in (3, 1, 5, 2)],
+        Wanted(
+            settings=SamplingSettings(temperature=1.0),
+            max_new_tokens=9,
+            stop_tokens=frozenset(range(0, VOCAB, 7)),
+            keep_states=True,
+            taps=(0, 1),
+        ),
+        max_running=2,
+        seed=4,
+    )
+    answers += more
     states = target.states(prompt(16, 2)[None])
     make = drafters(target)
     layer = target.whole(target.model.base_model.layers[1])

@@ -46,6 +46,39 @@ def test_blocks_of_different_widths_go_behind_what_their_slots_hold() -> None:
     assert held(cache) == [[1, 7, 8], [2, 3, 4, 9], [5, 6, 10]]
 
 
+def test_a_fork_begins_with_what_another_slot_holds_and_goes_its_own_way() -> None:
+    cache = new_cache(2)
+    written(cache, [[1, 2, 3], [4]])
+    assert cache.fork(0, 2) == 2
+    assert cache.lengths == [3, 1, 2]
+    written(cache, [[5], [6], [7, 8]])
+    assert held(cache) == [[1, 2, 3, 5], [4, 6], [1, 2, 7, 8]]
+    # In the place of a longer one nothing of that one is left behind it.
+    cache.leave(2)
+    assert cache.fork(1, 1) == 2
+    rows = written(cache, [[9], [10], [11]])
+    assert [row.tolist() for row in rows] == [[1, 2, 3, 5, 9], [4, 6, 10, 0, 0], [4, 11, 0, 0, 0]]
+
+
+def test_forks_grow_the_buffers() -> None:
+    cache = new_cache(1, max_slots=40)
+    written(cache, [[1, 2]])
+    for _ in range(39):
+        cache.fork(0, 2)
+    assert held(cache) == [[1, 2]] * 40
+    with pytest.raises(ValueError, match="all 40 slots are taken"):
+        cache.fork(0, 1)
+
+
+@pytest.mark.parametrize(("source", "length"), [(2, 1), (-1, 1), (0, 3)])
+def test_a_fork_of_what_is_not_there_is_refused(source: int, length: int) -> None:
+    cache = new_cache(2)
+    written(cache, [[1, 2], [3]])
+    with pytest.raises(ValueError, match="no active slot"):
+        cache.fork(source, length)
+    assert len(cache.lengths) == 2
+
+
 def test_slots_that_follow_each_other_are_a_view_and_others_a_copy() -> None:
     cache = new_cache(4)
     written(cache, [[1], [2], [3], [4]])

@@ -120,7 +120,9 @@ def test_a_spread_target_gives_what_it_gives_on_one_process(family: str, tmp_pat
             # Sums over heads and hidden units are taken in two halves, which moves the last digits.
             expected = torch.tensor(one[name])
             tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
-            torch.testing.assert_close(torch.tensor(two[name]), expected, rtol=0, atol=tolerance)
+            # Features of generation are kept in bf16, where the last digit is the eighth bit.
+            rounding = 2**-7 if name == "generated features" else 0.0
+            torch.testing.assert_close(torch.tensor(two[name]), expected, rtol=rounding, atol=tolerance)
     assert sum(sum(counts) for key, counts in one["decoded"].items() if "accepted" in key) > 0
     assert any(counts[1] for key, counts in one["decoded"].items() if "accepted" in key)
 

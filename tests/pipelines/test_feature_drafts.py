@@ -36,7 +36,7 @@ from inference.randomness import TorchSource
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.target import stop_tokens
-from pipelines import capturing, config, corpus, finish, plan, publish, select, training, verify
+from pipelines import capturing, config, corpus_shards, finish, plan, publish, select, training, verify
 from pipelines.artifacts import Artifact, Store
 from pipelines.exports.write import read_exports
 from pipelines.select import Decision, decide
@@ -100,7 +100,7 @@ def featured(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
     What the run printed has a line `a file of features` where one was written.
     """
     place = tiny_place.again(tmp_path_factory.mktemp("featured"))
-    write = corpus.write_features
+    write = corpus_shards.write_features
 
     def heard(*given: Any, **named: Any) -> None:
         sys.stderr.write("a file of features\n")
@@ -108,7 +108,7 @@ def featured(tiny_place: Workplace, tmp_path_factory: pytest.TempPathFactory) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.root)
-        patch.setattr(corpus, "write_features", heard)
+        patch.setattr(corpus_shards, "write_features", heard)
         patch.setattr(select, "decide", winning("dspark"))
         out, code = run(place.words(*THREE))
     return Finished(place, code, out)

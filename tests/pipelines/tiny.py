@@ -168,6 +168,7 @@ class Workplace:
             "draft.pruned.sequences_per_step=2",
             "corpus.max_new_tokens=12",
             "corpus.batch_size=4",
+            "corpus.shard_size=4",
             "budget.responses=18",
             "budget.score_prompts=2",
             "trainer.steps=6",

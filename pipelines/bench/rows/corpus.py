@@ -1,21 +1,16 @@
 """The corpus stage's generation against transformers' `generate` at the same batch sizes, sampled at temperature 1.
 
 The same pools of prompts for all arms. transformers takes them in the order given, padded on the left, and every row of
-a batch waits for the last; ours are what the stage does (sorted by length, ended rows leave the batch), the same with
-the states and features that training needs, and the batch engine, which puts the next request where one has ended.
+a batch waits for the last; ours are what the stage does (sorted by length, no padding, the next prompt where an answer
+has ended), and the same with the states and features that training needs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from inference.batch.engine import BatchEngine
-from inference.drafters.none import NoDrafter
-from inference.generation import generate_batch
+from inference.batch.responses import Wanted, answer_all
 from inference.layers import decoder_layers
-from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
-from inference.randomness import TorchSource
-from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import ScorePrompt, request_seed
 from inference.taps import default_taps
@@ -25,7 +20,7 @@ from pipelines.bench.outcome import Figure, Goal, Outcome
 from pipelines.bench.paired import Sample, interleaved, speed, speed_ratio
 from pipelines.bench.plain import Plain, chosen_note, fastest
 
-SORTED, KEEPING, ENGINE, THEIRS = "sorted batches", "sorted batches, states kept", "batch engine", "transformers"
+OURS, KEEPING, THEIRS = "the corpus stage", "the same, states kept", "transformers"
 GOAL = Goal(2.0)
 _TRIED_TOKENS = 16
 """Of an answer, while the faster dtype is found."""
@@ -74,9 +69,8 @@ class Config:
             )
             most = bench.options.max_new_tokens
             arms = {
-                SORTED: _sorted_batches(bench, target, settings, size, most, keep=False),
-                KEEPING: _sorted_batches(bench, target, settings, size, most, keep=True),
-                ENGINE: _engine(bench, target, settings, size, most),
+                OURS: _ours(bench, target, settings, size, most, keep=False),
+                KEEPING: _ours(bench, target, settings, size, most, keep=True),
                 THEIRS: _transformers(bench, plain, stop_tokens(target), self.temperature, size, most),
             }
             more = interleaved(
@@ -94,11 +88,10 @@ class Config:
                     f"batch {size}: {arm} over {THEIRS} ({plain.name}), tokens/s",
                     speed_ratio(more, arm, THEIRS),
                     goal=GOAL,
-                    detail=detail if arm == SORTED else {},
+                    detail=detail if arm == OURS else {},
                 )
-                for arm in (SORTED, KEEPING, ENGINE)
+                for arm in (OURS, KEEPING)
             ]
-            figures.append(Figure(f"batch {size}: {ENGINE} over {SORTED}, tokens/s", speed_ratio(more, ENGINE, SORTED)))
             samples += [Sample(f"batch {size}, {s.unit}", s.arm, s.order, s.amount, s.seconds) for s in more]
             notes.append(f"batch {size}: {chosen_note(found, plain.name)}")
         return Outcome(figures, samples, notes)
@@ -115,53 +108,23 @@ def _cut(pool: Pool, size: int) -> list[Pool]:
     return [pool[start : start + size] for start in range(0, len(pool), size)]
 
 
-def _sorted_batches(
+def _ours(
     bench: Bench, target: CausalModel, settings: SamplingSettings, size: int, most: int, *, keep: bool
 ) -> Callable[[Pool], float]:
     """What the corpus stage does with a pool; `keep` also what training needs of the target."""
-    stops = stop_tokens(target)
-    taps = default_taps(len(decoder_layers(target.model))) if keep else []
+    wanted = Wanted(
+        settings=settings,
+        max_new_tokens=most,
+        stop_tokens=stop_tokens(target),
+        keep_states=keep,
+        keep_prompt_states=keep,
+        taps=tuple(default_taps(len(decoder_layers(target.model)))) if keep else (),
+    )
 
     def run(pool: Pool) -> float:
-        ordered = sorted(pool, key=lambda prompt: len(prompt.tokens))
-        count = 0
-        for number, batch in enumerate(_cut(ordered, size)):
-            responses = generate_batch(
-                target,
-                [prompt.tokens.tolist() for prompt in batch],
-                settings=settings,
-                max_new_tokens=most,
-                stop_tokens=stops,
-                seed=request_seed(bench.options.seed, number),
-                keep_states=keep,
-                keep_prompt_states=keep,
-                taps=taps,
-            )
-            count += sum(len(response.tokens) for response in responses)
-        return count
-
-    return run
-
-
-def _engine(
-    bench: Bench, target: CausalModel, settings: SamplingSettings, size: int, most: int
-) -> Callable[[Pool], float]:
-    """Continuous batching: all requests at once, as many running as the batch is large."""
-    request = Request(settings=settings, max_new_tokens=most, stop_tokens=stop_tokens(target))
-
-    def run(pool: Pool) -> float:
-        engine = BatchEngine(target, NoDrafter, FixedLookahead(0), max_requests=size)
-        handles = [
-            engine.submit(
-                prompt.tokens,
-                request,
-                generator=TorchSource.seeded(request_seed(bench.options.seed, number), device=target.device),
-            )
-            for number, prompt in enumerate(pool)
-        ]
-        while not engine.idle:
-            engine.step()
-        return sum(len(handle.result.tokens) for handle in handles)
+        prompts = sorted((prompt.tokens.tolist() for prompt in pool), key=len)
+        responses = answer_all(target, prompts, wanted, max_running=size, seed=bench.options.seed)
+        return sum(len(response.tokens) for response in responses)
 
     return run
 
