@@ -21,8 +21,9 @@ from distill.features import bytes_per_token, feature_bytes, features_path
 from distill.prompts import Prompt, SourceContext, rank
 from distill.responses.local import Config as LocalResponses
 from distill.splits import PromptSet, prepare_prompts, prompts_digest
+from inference.answers import Answering
+from inference.batch.responses import Wanted
 from inference.errors import InputError
-from inference.generation import generate_batch
 from inference.model import CausalModel, load_tokenizer
 from inference.sampling_settings import SamplingSettings
 from inference.taps import check_taps
@@ -103,6 +104,7 @@ class _LazyTarget:
     def __init__(self, load: Callable[[], CausalModel]) -> None:
         self._load = load
         self._model: CausalModel | None = None
+        self._answering: tuple[tuple[Wanted, int], Answering] | None = None
 
     @property
     def model(self) -> CausalModel:
@@ -114,16 +116,20 @@ class _LazyTarget:
         self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
         """See `SourceContext.sample`."""
-        stops = stop_tokens(self.model)
-        responses = generate_batch(
-            self.model,
-            prompt_ids,
+        wanted = Wanted(
             settings=SamplingSettings(temperature=temperature),
             max_new_tokens=max_new_tokens,
-            stop_tokens=stops,
-            seed=seed,
+            stop_tokens=stop_tokens(self.model),
         )
+        key = wanted, len(prompt_ids)
+        if self._answering is None or self._answering[0] != key:
+            self._answering = key, Answering(self.model, wanted, max_running=len(prompt_ids))
+        responses = self._answering[1].answer(prompt_ids, seed=seed)
         return [r.tokens[:-1] if r.stopped else r.tokens for r in responses]
+
+    def has_sampled(self) -> None:
+        """No prompt is sampled any more: let go what that took."""
+        self._answering = None
 
 
 def _make(context: RunContext, work: Work) -> None:
@@ -145,6 +151,7 @@ def _make(context: RunContext, work: Work) -> None:
         source_context = SourceContext(tokenizer=tokenizer, seed=cfg.seed, sample=target.sample)
         prompts = prepare_prompts(cfg.prompts, source_context, validation_share=VALIDATION_SHARE, seed=cfg.seed)
         _write_prompts(work.folder, prompts, chosen=_choose(prompts, context, tokenizer))
+        target.has_sampled()
     lines = read_prompts(work.folder)
     chosen = [row for row, line in enumerate(lines) if line.split != "heldout"]
     chosen.sort(key=lambda row: (_rendered_length(lines[row].prompt, tokenizer), lines[row].prompt.id))

@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from inference.feature_drafts._block import TOKEN, BlockConfig
 from inference.feature_networks import FeatureNetwork, PackedBatch
-from inference.feature_networks._layers import DraftContext, DraftLayer, DraftShape, KeysValues, plain_norm, same_parts
+from inference.feature_networks._layers import (
+    DraftContext,
+    DraftLayer,
+    DraftShape,
+    KeysValues,
+    Norm,
+    plain_norm,
+    same_parts,
+)
 from inference.layers import decoder_layers
 from inference.model import CausalModel
 
@@ -29,9 +37,9 @@ class BlockNetwork(FeatureNetwork):
     def __init__(self, config: BlockConfig, shape: DraftShape, taps: list[int], vocabulary: Tensor | None) -> None:
         super().__init__(config, shape, taps, vocabulary)
         self.fc = nn.Linear(len(taps) * shape.hidden, shape.hidden, bias=False)
-        self.hidden_norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.hidden_norm = Norm(shape.hidden, eps=shape.eps)
         self.layers = nn.ModuleList(DraftLayer(shape, qk_norm=config.qk_norm) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.norm = Norm(shape.hidden, eps=shape.eps)
         self.mask_token = config.mask_token if config.mask == TOKEN else None
         # Drawn either way: what else is random does not depend on it.
         mask_embedding = torch.randn(shape.hidden) * 0.02

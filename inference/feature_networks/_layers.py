@@ -120,6 +120,17 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     return mixed.transpose(1, 2).reshape(batch, rows, heads * width)
 
 
+class Norm(nn.RMSNorm):
+    """An RMS norm that takes states of another arithmetic than its weight's, as autocast gives them, in one kernel and
+    gives them back in theirs."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        if states.dtype == self.weight.dtype:
+            return super().forward(states)
+        return super().forward(states.to(self.weight.dtype)).to(states.dtype)
+
+
 class DraftAttention(nn.Module):
     """Queries from the block; keys and values from the block and from whatever context is handed in."""
 
@@ -130,8 +141,8 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
-        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
+        self.q_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
+        self.k_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
 
     def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys at their positions, and values, `[batch, kv_heads, T, head_dim]`, of states `[batch, T, inputs]`."""
@@ -171,9 +182,9 @@ class DraftLayer(nn.Module):
 
     def __init__(self, shape: DraftShape, *, qk_norm: bool) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.input_layernorm = Norm(shape.hidden, eps=shape.eps)
         self.self_attn = DraftAttention(shape, inputs=shape.hidden, qk_norm=qk_norm)
-        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.post_attention_layernorm = Norm(shape.hidden, eps=shape.eps)
         self.mlp = DraftMLP(shape)
 
     def forward(self, block: Tensor, positions: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:

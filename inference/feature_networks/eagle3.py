@@ -22,6 +22,7 @@ from inference.feature_networks._layers import (
     DraftContext,
     DraftMLP,
     DraftShape,
+    Norm,
     attend,
     plain_norm,
     same_parts,
@@ -35,10 +36,10 @@ class EagleLayer(nn.Module):
 
     def __init__(self, shape: DraftShape, *, qk_norm: bool) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
-        self.hidden_norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.input_layernorm = Norm(shape.hidden, eps=shape.eps)
+        self.hidden_norm = Norm(shape.hidden, eps=shape.eps)
         self.self_attn = DraftAttention(shape, inputs=2 * shape.hidden, qk_norm=qk_norm)
-        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.post_attention_layernorm = Norm(shape.hidden, eps=shape.eps)
         self.mlp = DraftMLP(shape)
 
     def entries(self, embedded: Tensor, hidden: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Eagle3(FeatureNetwork):
         super().__init__(config, shape, taps, vocabulary)
         self.fc = nn.Linear(len(taps) * shape.hidden, shape.hidden, bias=False)
         self.layers = nn.ModuleList([EagleLayer(shape, qk_norm=config.qk_norm)])
-        self.norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.norm = Norm(shape.hidden, eps=shape.eps)
         self.head = SlotHead(self)
 
     @property

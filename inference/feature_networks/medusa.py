@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from inference.feature_drafts.medusa import Config
 from inference.feature_networks import FeatureNetwork, PackedBatch, SlotHead, Step
-from inference.feature_networks._layers import DraftContext, DraftShape
+from inference.feature_networks._layers import DraftContext, DraftShape, Norm
 from inference.model import CausalModel
 
 _PROBE_TOKENS = 64
@@ -43,7 +43,7 @@ class Medusa(FeatureNetwork):
         super().__init__(config, shape, taps, vocabulary)
         self.fc = nn.Linear(len(taps) * shape.hidden, shape.hidden, bias=False)
         self.anchor_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.norm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.norm = Norm(shape.hidden, eps=shape.eps)
         self.slots = nn.ModuleList(ResidualBlocks(shape.hidden, count=config.layers) for _ in range(config.block))
         self.head = SlotHead(self)
 

@@ -64,6 +64,7 @@ def test_a_seed_gives_the_answer_it_gives_alone(exact: CausalModel) -> None:
     assert same >= len(wanted) - 1
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_nothing_but_the_emitted_tokens_is_waited_for(exact: CausalModel, temperature: float) -> None:
     rounds = rounds_of(exact, "eagle3", 4)

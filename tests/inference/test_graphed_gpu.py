@@ -39,6 +39,7 @@ def exact() -> Iterator[CausalModel]:
     yield model(torch.float32, "fp32")
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # exact is what is asked for here
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["none", "eagle3", "dspark"])
 def test_captured_rounds_give_the_ordinary_decoders_tokens(exact: CausalModel, kind: str, compiled: bool) -> None:

@@ -18,11 +18,11 @@ from distill.prompts import SourceContext
 from distill.prompts.jsonl import Config as JsonlPrompts
 from distill.splits import prepare_prompts
 from inference.batch.engine import BatchEngine
+from inference.batch.responses import Wanted, answer_all
 from inference.cache import RollbackCache
 from inference.decoder import decode
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.generation import generate_batch
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel, load_tokenizer
 from inference.randomness import TorchSource
@@ -135,7 +135,7 @@ class Config:
         prompts = prompts.to(target.device)
         arms: dict[str, Callable[..., float]] = {
             "a step of the batch engine, by requests": _engine_step,
-            "a whole batch of generate_batch, by requests": _whole_batch,
+            "a whole list of answers for a corpus, by requests": _whole_list,
         }
         growths = [
             self._grown(
@@ -207,10 +207,11 @@ def _engine_step(target: CausalModel, prompts: torch.Tensor, steps: int, clock: 
     return (clock() - began) / steps
 
 
-def _whole_batch(target: CausalModel, prompts: torch.Tensor, steps: int, clock: Clock) -> float:
-    """Seconds of `generate_batch`, the prompts' pass included."""
+def _whole_list(target: CausalModel, prompts: torch.Tensor, steps: int, clock: Clock) -> float:
+    """Seconds of all answers, the prompts' pass included."""
+    wanted = Wanted(settings=_GREEDY, max_new_tokens=steps, stop_tokens=frozenset())
     began = clock()
-    generate_batch(target, prompts.tolist(), settings=_GREEDY, max_new_tokens=steps, stop_tokens=frozenset(), seed=0)
+    answer_all(target, prompts.tolist(), wanted, max_running=len(prompts), seed=0)
     return clock() - began
 
 
