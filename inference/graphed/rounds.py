@@ -9,21 +9,19 @@ the draft's, R requests of a pass over prompts.
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
+from inference.graphed.programs import Programs
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.model import CausalModel
 from inference.randomness import drawn
 from inference.sampling import process_logits
 from inference.sampling_settings import SamplingSettings
 
-_WARM_UPS = 3
-_MOST_PROGRAMS = 256
 # Prompts are read together in passes of so many; few sizes, since each is a graph of its own.
 _PROMPT_ROWS = (1, 4, 16, 64)
 _PROMPT_TOKENS = 8192
@@ -107,10 +105,9 @@ class Rounds:
         self.uniforms = torch.zeros(batch, 2 * block + 1, dtype=torch.float64, device=device)
         self.emitted = torch.zeros(batch, block + 2, dtype=torch.long, device=device)
         self._every = torch.arange(batch, device=device)
-        self._captured: dict[tuple[str | int, ...], Callable[[], None]] = {}
         self._prompt: dict[tuple[int, int], Tensor] = {}
         self._compiled = compiled
-        self._pool: Any = None
+        self._programs = Programs(device, self._state, compiled=compiled)
 
     # What is asked of it
 
@@ -222,9 +219,10 @@ class Rounds:
         """
         count = self.batch if places is None else places
         length = self.block if block is None else block
-        self._replay(
+        self._programs.run(
             ("round", count, length, shown, int(sampled)),
             functools.partial(self._round, count, length, shown, sampled),
+            compiled=True,
         )
 
     def parts(self, *, shown: int, sampled: bool) -> dict[str, Callable[[], None]]:
@@ -238,8 +236,8 @@ class Rounds:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown)[0])
 
         return {
-            "draft": self.capture(draft, compiled=self._compiled),
-            "verify": self.capture(verify, compiled=self._compiled),
+            "draft": self._programs.capture(draft, compiled=True),
+            "verify": self._programs.capture(verify, compiled=True),
         }
 
     # What is captured
@@ -342,7 +340,8 @@ class Rounds:
             given = torch.tensor(told, pin_memory=self.anchors.device.type == "cuda")
             self._prompt_inputs(rows, width).copy_(given, non_blocking=True)
             shown = min(self.capacity, _power_of_two(start + width))
-            self._replay(("prompt", rows, width, shown), functools.partial(self._read_prompts, rows, width, shown))
+            read = functools.partial(self._read_prompts, rows, width, shown)
+            self._programs.run(("prompt", rows, width, shown), read, compiled=False)
             start += width
 
     def _read_prompts(self, rows: int, width: int, shown: int) -> None:
@@ -388,43 +387,10 @@ class Rounds:
         if self.context is not None:
             self.context.clear(place)
 
-    # Capturing
-
-    def _replay(self, name: tuple[str | int, ...], work: Callable[[], None]) -> None:
-        """Run captured work, capturing it at its first time."""
-        if name not in self._captured:
-            self._captured[name] = self.capture(work, compiled=self._compiled and name[0] == "round")
-        self._captured[name]()
-
-    def capture(self, work: Callable[[], None], *, compiled: bool = False) -> Callable[[], None]:
-        """Warm up, capture, and leave the state as it was before; without a GPU the work itself."""
-        if self.anchors.device.type != "cuda":
-            return work
-        if compiled:
-            # Every shape is a program of its own here, by design.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_PROGRAMS)
-            work = torch.compile(work, dynamic=False)
+    def _state(self) -> list[Tensor]:
+        """What a round changes of its requests, besides the states that lie at their positions."""
         held = [] if self.context is None else self.context.state()
-        state = [(tensor, tensor.clone()) for tensor in (self.anchors, self.lengths, self.active, *held)]
-
-        def restore() -> None:
-            for tensor, before in state:
-                tensor.copy_(before)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                work()
-                restore()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        self._pool = self._pool or graph.pool()
-        restore()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return [self.anchors, self.lengths, self.active, *held]
 
 
 def _power_of_two(needed: int) -> int:

@@ -12,7 +12,8 @@ from inference.errors import InputError
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
 from inference.graphed.decode import GraphedDecoder
-from inference.graphed.engine import FixedDepth, GraphedEngine, GraphedHandle, ScheduledDepth, load_seconds
+from inference.graphed.depths import FixedDepth, ScheduledDepth, load_seconds
+from inference.graphed.engine import GraphedEngine, GraphedHandle
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
 from inference.model import CausalModel

@@ -7,7 +7,8 @@ import torch
 
 from inference.generation import generate_batch
 from inference.graphed.decode import GraphedDecoder
-from inference.graphed.engine import GraphedEngine, ScheduledDepth, load_seconds
+from inference.graphed.depths import ScheduledDepth, load_seconds
+from inference.graphed.engine import GraphedEngine
 from inference.graphed.responses import CapturedAnswers, answer_captured
 from inference.graphed.rounds import Rounds
 from inference.model import CausalModel

@@ -21,7 +21,8 @@ import torch
 from inference.feature_networks import FeatureNetwork
 from inference.feature_networks._checkpoint import load_network
 from inference.generation import generate_batch
-from inference.graphed.engine import Depths, FixedDepth, GraphedEngine, GraphedHandle, ScheduledDepth, load_seconds
+from inference.graphed.depths import Depths, FixedDepth, ScheduledDepth, load_seconds
+from inference.graphed.engine import GraphedEngine, GraphedHandle
 from inference.graphed.responses import CapturedAnswers
 from inference.graphed.rounds import Rounds
 from inference.graphed.target import ALIGNMENT

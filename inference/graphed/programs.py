@@ -1,0 +1,64 @@
+"""Work of fixed shapes captured as CUDA graphs, by name: warmed up, captured once, replayed; without a GPU the work
+itself. Knows nothing of what is done.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UPS = 3
+_MOST_PROGRAMS = 256
+
+Work = Callable[[], None]
+
+
+class Programs:
+    """Graphs that share memory. Capturing leaves a state as it was before.
+
+    Args:
+        device: where the work runs.
+        state: gives the tensors that the work changes and that are to be as before.
+        compiled: fuse kernels by torch.compile before they are captured, where that is asked for.
+    """
+
+    def __init__(self, device: torch.device, state: Callable[[], Sequence[Tensor]], *, compiled: bool) -> None:
+        self._device, self._state, self._compiled = device, state, compiled
+        self._captured: dict[tuple[str | int, ...], Work] = {}
+        self._pool: Any = None
+
+    def run(self, name: tuple[str | int, ...], work: Work, *, compiled: bool) -> None:
+        """Replay what was captured under a name, capturing it at its first time."""
+        if name not in self._captured:
+            self._captured[name] = self.capture(work, compiled=compiled)
+        self._captured[name]()
+
+    def capture(self, work: Work, *, compiled: bool) -> Work:
+        """The work as a graph."""
+        if self._device.type != "cuda":
+            return work
+        if compiled and self._compiled:
+            # Every shape is a program of its own here, by design.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_PROGRAMS)
+            work = torch.compile(work, dynamic=False)
+        state = [(tensor, tensor.clone()) for tensor in self._state()]
+
+        def restore() -> None:
+            for tensor, before in state:
+                tensor.copy_(before)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                work()
+                restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._pool = self._pool or graph.pool()
+        restore()
+        replay: Work = graph.replay
+        return replay
