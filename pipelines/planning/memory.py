@@ -23,7 +23,7 @@ class Training:
     """What decides the bytes of training.
 
     Attributes:
-        target: parameters of the target.
+        loaded: parameters of the target that are read before the first step.
         kept: of these the ones that training uses: embedding and head, unless the target scores what a student writes.
         trained: parameters that move.
         frozen: the draft's own that do not.
@@ -36,7 +36,7 @@ class Training:
         processes: that train together.
     """
 
-    target: int
+    loaded: int
     kept: int
     trained: int
     frozen: int
@@ -87,11 +87,11 @@ def memory_parts(training: Training, stage: int) -> dict[str, float]:
 
 
 def loading_bytes(training: Training) -> float:
-    """Bytes of one process just before its first step: the whole target in fp32, and the draft.
+    """Bytes of one process just before its first step: what is read of the target, in fp32, and the draft.
 
     The target's layers are let go then, because their outputs were kept with the corpus.
     """
-    return _FP32 * (training.target + training.read) + _PROCESS_BYTES
+    return _FP32 * (training.loaded + training.read) + _PROCESS_BYTES
 
 
 def offloaded_bytes(training: Training, stage: int) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distill.drafts import TrainedConfig, pruned
+from distill.responses.local import Config as LocalResponses
 from inference.feature_drafts import FeatureDraftConfig
 from inference.layers import decoder_layers
 from pipelines.config import RunConfig
@@ -147,6 +148,20 @@ def _taps(draft: Any, target: Sketch) -> list[int]:
     return draft.tapped_layers(target.shape.target_layers) if isinstance(draft, FeatureDraftConfig) else []
 
 
+def _unread(cfg: RunConfig, draft: Any, target: Sketch, kept: list[int]) -> int:
+    """Layers of the target that are not loaded for a training, as `pipelines.training` decides."""
+    corpus, layers = cfg.corpus, target.shape.target_layers
+    stated = isinstance(corpus, LocalResponses) and corpus.keep_states
+    if cfg.target.teacher_precision != "fp32" or not stated:
+        return 0
+    if not isinstance(draft, FeatureDraftConfig):
+        return 0 if draft.on_policy_share > 0 else layers - 1
+    read = draft.layers_read if draft.init == "target" and not draft.start_from else 0
+    if read is None or not set(_taps(draft, target)) <= set(kept):
+        return 0
+    return layers - max(1, read)
+
+
 def _draft(
     cfg: RunConfig,
     name: str,
@@ -174,9 +189,12 @@ def _draft(
     peak = step_cost(student, draft, target, conversation=longest, **settings)
     micros = cfg.trainer.accumulation
     scores = isinstance(draft, TrainedConfig) and draft.on_policy_share > 0  # what the student writes itself
+    shape = target.shape
+    kept = disk.kept_layers(cfg.corpus, amount, layers=shape.target_layers, hidden=shape.hidden)
+    layers = count(decoder_layers(target.model.model).parameters())
     training = memory.Training(
-        target=parameters,
-        kept=parameters if scores else parameters - count(decoder_layers(target.model.model).parameters()),
+        loaded=parameters - _unread(cfg, draft, target, kept) * layers // shape.target_layers,
+        kept=parameters if scores else parameters - layers,
         trained=trained,
         frozen=frozen,
         read=parameters if isinstance(draft, pruned.Config) else trained + frozen,
@@ -187,8 +205,6 @@ def _draft(
         offload=cfg.trainer.offload,
         processes=machine.size,
     )
-    shape = target.shape
-    kept = disk.kept_layers(cfg.corpus, amount, layers=shape.target_layers, hidden=shape.hidden)
     saved = disk.checkpoint_bytes(trained, cfg.optimizer.kind)
     return DraftFigures(
         kind=draft.kind,

@@ -19,7 +19,7 @@ from train.trackers.none import NoTracker
 NUMBERS = 1_000_000
 COST = StepCost(flops=1.0, held=5_000, batch=700, supervised=1)
 SPREAD = Training(
-    target=4 * NUMBERS,
+    loaded=4 * NUMBERS,
     kept=NUMBERS,
     trained=NUMBERS,
     frozen=0,
@@ -55,7 +55,7 @@ def test_everything_else_is_the_same_in_every_stage() -> None:
         assert parts["target"] == 4 * NUMBERS and parts["activations"] == 5_000 and parts["batch"] == 700
         assert parts["exchange"] == 2 * NUMBERS
     assert memory_parts(replace(SPREAD, processes=1), 0)["exchange"] == 0
-    assert loading_bytes(SPREAD) > 4 * (SPREAD.target + SPREAD.read)
+    assert loading_bytes(SPREAD) > 4 * (SPREAD.loaded + SPREAD.read)
 
 
 def test_what_is_offloaded_lies_elsewhere() -> None:

@@ -40,6 +40,25 @@ def test_what_does_not_fit_is_said(tiny_place: Workplace, tmp_path: Path) -> Non
     assert "does not fit: disk: " in text and "too much" in text
 
 
+def test_layers_that_a_training_does_not_read_are_not_loaded(tiny_place: Workplace, tmp_path: Path) -> None:
+    place, out = tiny_place.again(tmp_path), tmp_path / "plan.json"
+    common = (
+        "draft=[none,pruned,eagle3,dspark]",
+        "corpus.taps=[0,1]",
+        "draft.eagle3.taps=[0,1]",
+        "draft.dspark.taps=[1]",
+    )
+    loading = {}
+    for name, words in {"kept": (), "captured": ("corpus.keep_features=false",)}.items():
+        text, code = run(place.words(*common, *DESCRIBED, *words, f"plan.json={out}", stage="plan"))
+        assert code == 0, text
+        loading[name] = {draft: figures["loading"] for draft, figures in read(out)["drafts"].items()}
+    kept, captured = loading["kept"], loading["captured"]
+    assert kept["eagle3"] < captured["eagle3"], "its features are captured by the whole target otherwise"
+    assert kept["dspark"] == captured["dspark"], "it runs the target once to start from it"
+    assert kept["pruned"] == captured["pruned"], "it reads states alone"
+
+
 def test_steps_follow_from_epochs_and_what_is_not_for_validation(tiny_place: Workplace, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     words = ("budget.responses=null", "trainer.steps=0", "plan.responses=100", "plan.epochs=3", f"plan.json={out}")
