@@ -23,8 +23,10 @@ from distill.features import (
 from distill.prompts import Prompt
 from distill.responses._context import AnswerContext
 from distill.responses.local import Config
+from inference.attention import use_grouped_attention
+from inference.batch.responses import answer_all
 from inference.errors import InputError
-from inference.generation import Response, generate_batch
+from inference.generation import Response
 from inference.taps import EMBEDDING
 from tests.inference.families import VOCAB, family_model
 
@@ -258,12 +260,13 @@ def test_every_turn_of_a_conversation_has_features(
 
     def counted(*args: Any, **options: Any) -> list[Response]:
         nonlocal written
-        responses = generate_batch(*args, **options)
+        responses = answer_all(*args, **options)
         written += sum(len(response.tokens) for response in responses)
         return responses
 
-    monkeypatch.setattr("inference.generation.generate_batch", counted)
+    monkeypatch.setattr("inference.answers.answer_all", counted)
     model = family_model("llama", vocab_size=len(chatml), max_position_embeddings=512)
+    use_grouped_attention(model.model)
     vocabulary = chatml.get_vocab()
     ids = frozenset(vocabulary[token] for token in ("<|im_end|>", *stops))
     prompts = [

@@ -114,13 +114,13 @@ def test_corpus(tiny_place: Workplace, tmp_path: Path) -> None:
     row = benched(tiny_place, tmp_path, "corpus", "batches=2,4", "rounds=2", "pool=2")
     units = units_of(row)
     assert [unit[0]["unit"] for unit in units] == [f"batch {b}, round {r}" for b in (2, 4) for r in (1, 2)]
-    arms = {"sorted batches", "sorted batches, states kept", "batch engine", "transformers"}
+    arms = {"the corpus stage", "the same, states kept", "transformers"}
     assert all({s["arm"] for s in unit} == arms for unit in units)
     # Every prompt has an answer of one token at least and twelve at most; a pool is twice its batch.
     for unit in units:
         prompts = 2 * int(unit[0]["unit"].split()[1].rstrip(","))
         assert all(prompts <= s["amount"] <= 12 * prompts for s in unit)
-    assert len(named(row, "over transformers")) == 6 and len(named(row, "batch engine over sorted batches")) == 2
+    assert len(named(row, "over transformers")) == 4
 
 
 def test_overhead_of_a_published_pair(finished: Finished, tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[DeviceProfile]:
 def configured(place: Workplace, *words: str) -> config.RunConfig:
     """A typed configuration without the workplace's explicit numbers."""
     config.register()
-    kept = [w for w in place.words() if not w.startswith(("budget.", "trainer.", "target.precision", "hydra."))]
+    planned = ("budget.", "trainer.", "target.precision", "hydra.")
+    kept = [w for w in place.words(*words) if w in words or not w.startswith(planned)]
     with initialize_config_module("conf", version_base="1.3"):
-        return config.typed(compose("config", overrides=[*kept, *words]))
+        return config.typed(compose("config", overrides=kept))
 
 
 def made(place: Workplace, root: Path, *words: str) -> plan.Plan:

@@ -149,12 +149,13 @@ class Workplace:
         """The command line of a run that takes seconds.
 
         Args:
-            more: further words; each replaces the workplace's own of the same key, and another choice of drafts the
-                settings of `pruned`, which would be unknown keys without it.
+            more: further words; each replaces the workplace's own of the same key, and another choice of drafts, or of
+                who answers, the settings of the workplace's own choice, which would be unknown keys without it.
             stage: of which this is the command line; None for all.
         """
         keys = {word.partition("=")[0] for word in more}
         gone = ("draft.pruned.",) if any(w.startswith("draft=") and "pruned" not in w for w in more) else ()
+        gone += ("corpus.shard_size",) if "corpus=server" in more else ()
         own = [w for w in self._words() if w.partition("=")[0] not in keys and not w.startswith(gone or "\0")]
         return [*([stage] if stage else []), *own, *more]
 

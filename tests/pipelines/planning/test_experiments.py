@@ -43,7 +43,9 @@ def test_a_target_has_its_published_size_and_fits_a_node_of_eight(name: str) -> 
     assert set(draft.memory) == {0, 1, 2, 3}
     sums = [sum(parts.values()) for parts in draft.memory.values()]
     assert sums == sorted(sums, reverse=True) and 0 < sums[3] < plan.memory
-    assert plan.target_parameters * 4 < draft.loading < plan.memory, "every process loads the target in fp32"
+    assert draft.loading < plan.target_parameters * 2, "a draft that starts anew reads the target's ends alone"
+    whole = planned(name, "draft.dspark.init=target").drafts["dspark"].loading
+    assert plan.target_parameters * 4 < whole < plan.memory, "one that starts from it loads all of it in fp32"
     assert 0 < draft.memory[2]["target"] < plan.target_parameters * 2, "and then keeps its embedding and head"
     assert 0 < sum(plan.disk_parts.values()) < plan.disk
     assert plan.corpus.to_write == 975_000_000 and plan.hours > 1
@@ -82,7 +84,7 @@ def test_the_cache_of_the_reference_for_the_smallest_has_38_terabytes() -> None:
 
 def test_what_does_not_fit_is_said_with_its_largest_part_and_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     words = ("plan.memory_gib=40", "plan.disk_gib=1000", "trainer.accumulation=100")
-    [loading, *_] = planned("dspark_qwen3_14b", *words).misfits
+    [loading, *_] = planned("dspark_qwen3_14b", "draft.dspark.init=target", *words).misfits
     assert loading.endswith(" of 40.0 GiB of device memory to load the target: use devices with more, or a smaller one")
     words = ("plan.memory_gib=20", *words[1:])
     memory, disk, micros = planned("dspark_qwen3_4b", *words).misfits
