@@ -28,6 +28,11 @@ class Programs:
         self._captured: dict[tuple[str | int, ...], Work] = {}
         self._pool: Any = None
 
+    @property
+    def names(self) -> set[tuple[str | int, ...]]:
+        """Of what has been captured, or run."""
+        return set(self._captured)
+
     def run(self, name: tuple[str | int, ...], work: Work, *, compiled: bool) -> None:
         """Replay what was captured under a name, capturing it at its first time."""
         if name not in self._captured:

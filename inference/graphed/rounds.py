@@ -52,6 +52,7 @@ class Rounds:
         temperatures: fp32 `[B]`; read by sampled rounds.
         uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it.
         emitted: int64 `[B, W + 1]`, what the last round emitted, then how many of them stand for emitted tokens.
+        programs: what is captured of rounds and prompts.
 
     Raises:
         InputError: a target that cannot be run in fixed shapes.
@@ -107,7 +108,7 @@ class Rounds:
         self._every = torch.arange(batch, device=device)
         self._prompt: dict[tuple[int, int], Tensor] = {}
         self._compiled = compiled
-        self._programs = Programs(device, self._state, compiled=compiled)
+        self.programs = Programs(device, self._state, compiled=compiled)
 
     # What is asked of it
 
@@ -219,7 +220,7 @@ class Rounds:
         """
         count = self.batch if places is None else places
         length = self.block if block is None else block
-        self._programs.run(
+        self.programs.run(
             ("round", count, length, shown, int(sampled)),
             functools.partial(self._round, count, length, shown, sampled),
             compiled=True,
@@ -236,8 +237,8 @@ class Rounds:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown)[0])
 
         return {
-            "draft": self._programs.capture(draft, compiled=True),
-            "verify": self._programs.capture(verify, compiled=True),
+            "draft": self.programs.capture(draft, compiled=True),
+            "verify": self.programs.capture(verify, compiled=True),
         }
 
     # What is captured
@@ -341,7 +342,7 @@ class Rounds:
             self._prompt_inputs(rows, width).copy_(given, non_blocking=True)
             shown = min(self.capacity, _power_of_two(start + width))
             read = functools.partial(self._read_prompts, rows, width, shown)
-            self._programs.run(("prompt", rows, width, shown), read, compiled=False)
+            self.programs.run(("prompt", rows, width, shown), read, compiled=False)
             start += width
 
     def _read_prompts(self, rows: int, width: int, shown: int) -> None:

@@ -424,7 +424,7 @@ def test_what_was_prepared_is_not_captured_again(target: CausalModel, monkeypatc
         captured.append(work)
         return work
 
-    monkeypatch.setattr(rounds, "capture", noted)
+    monkeypatch.setattr(rounds.programs, "capture", noted)
     engine = GraphedEngine(rounds, Turns([0, 2]), max_requests=3)
     engine.prepare(sampled=False, longest_prompt=130)
     before = len(captured)

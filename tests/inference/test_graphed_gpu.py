@@ -78,11 +78,11 @@ def test_once_prepared_nothing_is_captured_within_an_answer(exact: CausalModel, 
     assert all(0.0 <= each.draft < each.whole and 0.0 < each.verify <= each.whole for each in timed)
     decoder = longest.of_block(min(1, longest.rounds.block))
     decoder.prepare(longest_prompt=150, sampled=[False, True])
-    there = set(decoder.rounds._captured)
+    there = decoder.rounds.programs.names
     for length in (1, 2, 65, 150):
         for request in (GREEDY, SAMPLED):
             decoder.decode(prompt(length).cuda(), request=request, seed=0)
-    assert set(decoder.rounds._captured) == there
+    assert decoder.rounds.programs.names == there
     wanted = plainly(exact, network, prompt(20).cuda(), GREEDY).tokens
     assert decoder.decode(prompt(20).cuda(), request=GREEDY, seed=0).tokens == wanted
 
