@@ -436,6 +436,21 @@ def test_the_corpus_keeps_features_beside_its_shards(featured: Finished) -> None
     assert f"features: {per_token['kept']} bytes a token kept, {per_token['reference_cache']} in" in featured.out
 
 
+def test_a_training_that_needs_no_layer_of_its_target_loads_none(
+    featured: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any, **named: Any) -> None:
+        raise AssertionError("the target was loaded whole")
+
+    for name in ("load_causal_model", "load_target"):
+        monkeypatch.setattr(training, name, refused)
+    place = copied(featured.place, tmp_path / "place", "plan", "corpus")
+    words = (*small(*KINDS), "corpus.taps=[0,1,2]", "draft.dspark.taps=[2,0]", "draft.eagle3.taps=[0,1,2]")
+    anew = ("draft.dspark.init=random", "draft.dflash.init=random", "trainer.steps=2")
+    text, code = run(place.words(*words, *anew, stage="build"))
+    assert code == 0, text
+
+
 def test_compressed_features_train_a_draft_and_take_half_the_room(featured: Finished, tmp_path: Path) -> None:
     place = copied(featured.place, tmp_path / "place", "plan")
     text, code = run(place.words(*alone("dspark"), "corpus.compress_features=true", stage="build"))
