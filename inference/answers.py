@@ -8,6 +8,7 @@ import torch
 
 from inference.batch.responses import Wanted, answer_all
 from inference.errors import InputError
+from inference.feature_networks._layers import DraftShape
 from inference.generation import Response
 from inference.graphed.responses import CapturedAnswers
 from inference.memory import return_memory
@@ -104,11 +105,10 @@ class Answering:
         """How many places fit on the device, at most `max_running`: halves of it, so that few sizes are captured."""
         if self._model.device.type != "cuda":
             return self._max_running
-        text = self._model.model.config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kept = text.hidden_size * (len(self._wanted.taps) + 1)
-        of_token = self._model.model.dtype.itemsize * (2 * text.num_hidden_layers * heads * head_dim + kept)
+        shape = DraftShape.of(self._model.model.config)
+        kept = shape.hidden * (len(self._wanted.taps) + 1)
+        cached = 2 * shape.target_layers * shape.kv_heads * shape.head_dim
+        of_token = self._model.model.dtype.itemsize * (cached + kept)
         free, _ = torch.cuda.mem_get_info(self._model.device)
         room = self._max_running
         while room > 1 and room * longest * of_token > _SHARE * free:

@@ -21,7 +21,7 @@ import torch
 
 from inference.batch.costs import LoadCosts
 from inference.batch.drafting import draft_group
-from inference.batch.ragged import check_ragged, ragged_logits
+from inference.batch.ragged import check_ragged, ragged_logits, worthwhile_passes
 from inference.batch.sharing import PassSharing
 from inference.decoder import Clock, VerifiedTokens, after_sibling, check_prompt_length, judge, kept_rows, up_to_stop
 from inference.drafters import Ask, Drafter, Proposal
@@ -33,9 +33,6 @@ from inference.randomness import Source
 from inference.request import PARTS, Decoded, Request
 from inference.sampling_settings import SamplingSettings
 from inference.verification import Verdict
-
-# More tokens in a pass of prompts save nothing, and its states want room.
-_PREFILL_TOKENS = 2048
 
 
 class Outcome(Enum):
@@ -328,8 +325,8 @@ class BatchEngine:
             self._drafts.join(handle.prompt)
         # A prompt's last token is the first anchor, so that of a single token nothing is prefilled.
         several = [slot for slot in admitted if self._running[slot].handle.prompt.shape[0] > 1]
-        for slots in _pieces(several, [self._running[slot].handle.prompt.shape[0] for slot in several]):
-            self._prefill(slots)
+        for group in worthwhile_passes([self._running[slot].handle.prompt.shape[0] for slot in several]):
+            self._prefill([several[index] for index in group])
 
     def _prefill(self, slots: Sequence[int]) -> None:
         """Feed all of these requests' prompts but the last token of each, in one pass."""
@@ -371,16 +368,3 @@ class BatchEngine:
 def takes_likeliest(settings: SamplingSettings) -> bool:
     """Whether a request takes the likeliest token of every row as it is."""
     return settings.greedy and settings.repetition_penalty == 1.0
-
-
-def _pieces(slots: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Slots in order, in groups whose prompts have so many tokens that a pass is worth its while and no more."""
-    groups: list[list[int]] = []
-    held = 0
-    for slot, length in zip(slots, lengths, strict=True):
-        if not groups or held + length > _PREFILL_TOKENS:
-            groups.append([])
-            held = 0
-        groups[-1].append(slot)
-        held += length
-    return groups

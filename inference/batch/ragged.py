@@ -19,6 +19,8 @@ from inference.batch.cache import Placement, SlotCache
 from inference.errors import InputError
 from inference.model import CausalModel
 
+# More tokens in a pass of prompts save nothing, and its states want room.
+_PREFILL_TOKENS = 2048
 # Options of an attention function that change the products, per position or per head, beyond what a mask says.
 _REFUSED = ("position_bias", "softcap", "s_aux", "cache")
 
@@ -103,6 +105,19 @@ def ragged_logits(
             )
     logits: Tensor = output.logits[0]
     return logits if rows is None else logits[: rows.shape[0]]
+
+
+def worthwhile_passes(widths: Sequence[int]) -> list[list[int]]:
+    """Prompts of so many tokens in groups, as indices in order, that have so many as a pass is worth and no more."""
+    groups: list[list[int]] = []
+    held = 0
+    for index, width in enumerate(widths):
+        if not groups or held + width > _PREFILL_TOKENS:
+            groups.append([])
+            held = 0
+        groups[-1].append(index)
+        held += width
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.batch.cache import SlotCache
-from inference.batch.ragged import check_ragged, ragged_logits
+from inference.batch.ragged import check_ragged, ragged_logits, worthwhile_passes
 from inference.decoder import check_prompt_length
 from inference.errors import InputError
 from inference.features import Features
@@ -25,8 +25,6 @@ from inference.sampling_settings import SamplingSettings
 
 _LOG = logging.getLogger(__name__)
 
-# More tokens in a pass of prompts save nothing, and its states want room.
-_PREFILL_TOKENS = 2048
 # Prompts wait until so many places of `max_running` are free, so that passes of prompts are few.
 _REFILL_SHARE = 8
 
@@ -158,7 +156,8 @@ class _Answering:
         """Read waiting prompts, in passes of so many tokens as are worth one, and write the first token of each."""
         new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         ended: list[_Answer] = []
-        for group in _groups(new, [len(answer.prompt) - self._shared for answer in new]):
+        for indices in worthwhile_passes([len(answer.prompt) - self._shared for answer in new]):
+            group = [new[index] for index in indices]
             slots = [self._cache.fork(0, self._shared) if self._first else self._cache.join() for _ in group]
             parts = [answer.prompt[self._shared :] for answer in group]
             widths = [len(part) for part in parts]
@@ -223,19 +222,6 @@ class _Answering:
             last = self._running.pop()
             if last is not answer:
                 self._running[place] = last
-
-
-def _groups(answers: Sequence[_Answer], widths: Sequence[int]) -> list[list[_Answer]]:
-    """Answers in order, in groups whose prompts are worth a pass and no more."""
-    groups: list[list[_Answer]] = []
-    held = 0
-    for answer, width in zip(answers, widths, strict=True):
-        if not groups or held + width > _PREFILL_TOKENS:
-            groups.append([])
-            held = 0
-        groups[-1].append(answer)
-        held += width
-    return groups
 
 
 def _finished(answer: _Answer) -> Response:

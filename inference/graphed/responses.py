@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.decoder import check_prompt_length
 from inference.generation import Response
 from inference.graphed.engine import GraphedEngine, GraphedHandle
 from inference.graphed.rounds import Rounds
@@ -33,67 +32,17 @@ _FEWER = 4
 _MARGIN = 2
 
 
-def answer_captured(
-    model: CausalModel,
-    prompts: Sequence[list[int]],
-    *,
-    settings: SamplingSettings,
-    max_new_tokens: int,
-    stop_tokens: frozenset[int],
-    seed: int,
-    max_requests: int = 512,
-    keep_states: bool = False,
-    keep_prompt_states: bool = False,
-    taps: Sequence[int] = (),
-) -> list[Response]:
-    """Answer prompts with the model itself. Who answers several lists of prompts captures once with `CapturedAnswers`.
-
-    Args:
-        model: the target.
-        prompts: token ids of each prompt.
-        settings: sampling; a repetition penalty is not supported here.
-        max_new_tokens: longest answer; one also ends where its own prompt leaves no more room in the context.
-        stop_tokens: each ends an answer.
-        seed: fixes every draw; an answer depends on it, the prompt and its place in the list.
-        max_requests: most answers at once.
-        keep_states: whether to return the head's inputs for the tokens written.
-        keep_prompt_states: whether to return them for the prompts' tokens too.
-        taps: decoder layers whose outputs are returned as features.
-
-    Returns:
-        One response for each prompt, as `generate_batch` makes them but for states, which lie on the CPU.
-
-    Raises:
-        ValueError: a repetition penalty was asked for.
-        InputError: a prompt is empty or does not fit the context, or a target that cannot be captured.
-    """
-    if not prompts:
-        return []
-    for prompt in prompts:
-        check_prompt_length(len(prompt), model.context_limit)
-    answers = CapturedAnswers(
-        model,
-        longest=max(len(prompt) for prompt in prompts) + max_new_tokens,
-        settings=settings,
-        max_requests=min(max_requests, len(prompts)),
-        keep_states=keep_states,
-        keep_prompt_states=keep_prompt_states,
-        taps=taps,
-    )
-    return answers.answer(prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, seed=seed)
-
-
 class CapturedAnswers:
-    """Captured rounds that answer list after list of prompts; see `answer_captured` for what is asked.
+    """Captured rounds that answer list after list of prompts with the model itself.
 
     Args:
         model: the target.
         longest: most tokens of a prompt and its answer.
-        settings: sampling.
+        settings: sampling; a repetition penalty is not supported here.
         max_requests: most answers at once.
-        keep_states: see `answer_captured`.
-        keep_prompt_states: likewise.
-        taps: likewise.
+        keep_states: whether to return the head's inputs for the tokens written.
+        keep_prompt_states: whether to return them for the prompts' tokens too.
+        taps: decoder layers whose outputs are returned as features.
 
     Raises:
         ValueError: a repetition penalty was asked for.
@@ -152,7 +101,10 @@ class CapturedAnswers:
             prompts: token ids of each.
             max_new_tokens: longest answer; one also ends where its place does.
             stop_tokens: each ends an answer.
-            seed: fixes every draw.
+            seed: fixes every draw; an answer depends on it, the prompt and its place in the list.
+
+        Returns:
+            One response for each prompt, as `generate_batch` makes them but for states, which lie on the CPU.
 
         Raises:
             InputError: a prompt is empty or too long.

@@ -9,7 +9,7 @@ from inference.generation import generate_batch
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.depths import ScheduledDepth, load_seconds
 from inference.graphed.engine import GraphedEngine
-from inference.graphed.responses import CapturedAnswers, answer_captured
+from inference.graphed.responses import CapturedAnswers
 from inference.graphed.rounds import Rounds
 from inference.model import CausalModel
 from inference.request import Request
@@ -18,6 +18,7 @@ from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import plainly, prompt
 from tests.inference.test_graphed_engine import Turns, run
 from tests.inference.test_graphed_gpu import family_on_cpu, model
+from tests.inference.test_graphed_responses import answer_captured
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingSettings()

@@ -1,6 +1,7 @@
 """Answers by captured rounds are those of `generate_batch`: tokens, states, features and law, in any company."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from inference.attention import use_grouped_attention
 from inference.errors import InputError
 from inference.generation import Response, generate_batch
 from inference.graphed.engine import GraphedEngine
-from inference.graphed.responses import CapturedAnswers, answer_captured
+from inference.graphed.responses import CapturedAnswers
 from inference.graphed.target import StaticTarget
 from inference.lean import use_lean_layers
 from inference.model import CausalModel
@@ -22,6 +23,28 @@ NONE: frozenset[int] = frozenset()
 GREEDY = SamplingSettings()
 CONTEXT = 128
 LENGTHS = (1, 2, 17, 5, 70, 1, 33, 9, 64, 65, 3)
+
+
+def answer_captured(
+    model: CausalModel,
+    prompts: list[list[int]],
+    *,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+    max_requests: int = 512,
+    **kept: Any,
+) -> list[Response]:
+    """One list of prompts, in places as long as its longest request."""
+    answers = CapturedAnswers(
+        model,
+        longest=max((len(prompt) for prompt in prompts), default=1) + max_new_tokens,
+        settings=settings,
+        max_requests=min(max_requests, max(1, len(prompts))),
+        **kept,
+    )
+    return answers.answer(prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, seed=seed)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
