@@ -28,15 +28,21 @@ from inference.precision import storage_dtype
 class LossSums:
     """Sums over the tokens of a batch that are learned from; divide by `tokens` for means.
 
+    What is a tensor stays on the device, so that nobody waits for it who does not ask.
+
     Attributes:
         loss: with its graph.
         tokens: these tokens, or their weights.
         acceptance: sum of `1 - TV(p, q)`.
+        supervised: positions learned from, whatever they weigh.
+        fed: tokens that the draft reads, without padding.
     """
 
     loss: torch.Tensor
-    tokens: float
-    acceptance: float
+    tokens: torch.Tensor
+    acceptance: torch.Tensor
+    supervised: torch.Tensor | int
+    fed: torch.Tensor
 
 
 class Distillation:
@@ -117,6 +123,16 @@ class Distillation:
 
     # Batches
 
+    @property
+    def batches_ahead(self) -> bool:
+        """Whether a batch reads nothing that is trained."""
+        return self.on_policy is None
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether every batch has one of few shapes; sequences are padded to their longest."""
+        return False
+
     def batch(self, step: int, micro: int, *, accumulation: int = 1) -> dict[str, torch.Tensor]:
         """The micro-batch at a step: a pure function, so that the data position is the step alone.
 
@@ -176,7 +192,9 @@ class Distillation:
             objective=self.objective,
             chunk_tokens=self.chunk_tokens,
         )
-        return LossSums(result.loss_sum, float(result.weight_sum), float(result.acceptance_sum))
+        return LossSums(
+            result.loss_sum, result.weight_sum, result.acceptance_sum, labels.shape[0], batch["attention"].sum()
+        )
 
     def _teacher(self, states: torch.Tensor) -> TargetLogits:
         """Teacher logits `[n, V]` for a slice of its states `[N, D]`."""
@@ -213,9 +231,9 @@ class Distillation:
                 result = self._sums(self.collate([sample]), keep_share=1.0)
                 for name in ("all", sample.domain):
                     total = sums.setdefault(name, [0.0, 0.0, 0.0])
-                    total[0] += result.acceptance
+                    total[0] += float(result.acceptance)
                     total[1] += float(result.loss)
-                    total[2] += result.tokens
+                    total[2] += float(result.tokens)
         if not sums:
             return {}
         metrics = {f"acceptance_{name}": a / n for name, (a, _, n) in sums.items() if name != "all"}

@@ -20,6 +20,7 @@ from distill.conversation import Conversation, responds_within
 from distill.distillation import LossSums
 from distill.objectives import Objective, reads_labels
 from distill.order import Order
+from distill.resident import ResidentCorpus, resident_bytes
 from distill.selection import select
 from inference.feature_networks import FeatureNetwork, PackedBatch
 from inference.model import CausalModel
@@ -65,6 +66,9 @@ class FeatureDistillation:
         InputError: no training sample has a position that can be an anchor.
     """
 
+    batches_ahead = True
+    """Whether a batch reads nothing that is trained."""
+
     def __init__(
         self,
         network: FeatureNetwork,
@@ -87,6 +91,8 @@ class FeatureDistillation:
         self._chunk_tokens = self.config.chunk_tokens or _CHUNK_TOKENS.get(target.device.type, 1024)
         selection = select(samples, usable=self._usable, max_tokens=self.config.max_tokens, draft=self.config.kind)
         self.train, self.validation, self.counts = selection.train, selection.validation, selection.counts
+        self._resident: ResidentCorpus | None = None
+        self._written: list[tuple[Tensor, Tensor]] = []
         # Conversations are packed, so their lengths decide nothing.
         lengths = np.zeros(len(self.train), dtype=np.int64)
         self._order = Order(lengths, size=self.config.sequences_per_step, window=0, seed=seed)
@@ -113,23 +119,44 @@ class FeatureDistillation:
         positions = wanted[1:length].nonzero()[:, 0]
         return positions[positions >= 1]
 
+    def keep_resident(self) -> None:
+        """Put what is trained on onto the target's device as a whole; batches are places in it from then on, and losses
+        those of the same conversations and anchors."""
+        self._resident = ResidentCorpus(
+            self.train, self.features_of, device=self.target.device, max_tokens=self.config.max_tokens
+        )
+        self._written = [
+            (self._candidates(sample, prompts=True).int(), self._candidates(sample).int()) for sample in self.train
+        ]
+
+    def resident_bytes(self) -> int:
+        """Bytes of the device that `keep_resident` takes."""
+        hidden, taps = self.network.shape.hidden, len(self.network.taps)
+        return resident_bytes(self.train, max_tokens=self.config.max_tokens, hidden=hidden, num_taps=taps)
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether every batch has one of few shapes and nothing of a loss waits for the device."""
+        return self._resident is not None
+
     def batch(self, step: int, micro: int, *, accumulation: int = 1) -> dict[str, Tensor]:
         """The micro-batch at a step: a pure function, so that the data position is the step alone."""
         index, size = step * accumulation + micro, self.config.sequences_per_step
-        pieces = []
-        for position, place in enumerate(self._order.micro_batch(index), start=index * size):
-            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
-            sample = self.train[place]
-            pieces.append(self._piece(sample, count=self.config.anchors, share=self.prompt_share, generator=draw))
-        return self.collate(pieces)
+        places = self._order.micro_batch(index)
+        draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + index * size + i) for i in range(len(places))]
+        count, share = self.config.anchors, self.prompt_share
+        if self._resident is None:
+            samples = [self.train[place] for place in places]
+            pairs = zip(samples, draws, strict=True)
+            return self.collate([self._piece(s, count=count, share=share, generator=draw) for s, draw in pairs])
+        anchors = [
+            _drawn(*self._written[place], count=count, share=share, generator=draw).long()
+            for place, draw in zip(places, draws, strict=True)
+        ]
+        return self._resident.batch(places, anchors, count=count)
 
     def _piece(self, sample: Conversation, *, count: int, generator: torch.Generator, share: float = 0.0) -> _Piece:
         asked, written = self._candidates(sample, prompts=True), self._candidates(sample)
-        number = min(round(count * share), asked.shape[0])
-        drawn = [
-            candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]]
-            for candidates, wanted in ((written, count - number), (asked, number))
-        ]
         length = min(sample.num_tokens, self.config.max_tokens)
         stated = sample.stated[:length]
         return _Piece(
@@ -138,17 +165,21 @@ class FeatureDistillation:
             states=sample.states_of(stated),
             stated=stated,
             mask=sample.mask[:length],
-            anchors=torch.cat(drawn).sort().values,
+            anchors=_drawn(asked, written, count=count, share=share, generator=generator),
         )
 
-    def collate(self, pieces: list[_Piece]) -> dict[str, Tensor]:
+    def collate(self, pieces: list[_Piece], *, rows: list[list[int]] | None = None) -> dict[str, Tensor]:
         """Pack conversations into rows.
+
+        Args:
+            pieces: the conversations.
+            rows: which of them go into which row; None packs them.
 
         Returns:
             the tensors of `PackedBatch`, and for the N valid slots, row by row, anchor by anchor: labels int64 `[N]`,
             places int64 `[N]` (0-based slot) and target_states `[N, D]`.
         """
-        rows = _pack([piece.tokens.shape[0] for piece in pieces], capacity=self.config.row_tokens)
+        rows = rows or _pack([piece.tokens.shape[0] for piece in pieces], capacity=self.config.row_tokens)
         width = max(sum(pieces[i].tokens.shape[0] for i in row) for row in rows)
         count = max(sum(pieces[i].anchors.shape[0] for i in row) for row in rows)
         block = self.network.block
@@ -197,11 +228,10 @@ class FeatureDistillation:
 
     def loss(self, batch: dict[str, Tensor]) -> LossSums:
         """Objective over the batch's slots, weighted by their place, plus the confidence head's own loss."""
-        device = self.target.device
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self._on_device(batch)
         states = self._slot_states(batch)
         drafts = self._draft_ids[batch["labels"]]
-        weights = self._weights(batch["places"], drafts)
+        weights = self._weights(batch, drafts)
         result = chunked_objective(
             states,
             draft_head=self.network.head,
@@ -219,10 +249,19 @@ class FeatureDistillation:
             wanted = result.acceptances.to(confidence.dtype).clamp(0.0, 1.0)
             terms = functional.binary_cross_entropy_with_logits(confidence, wanted, reduction="none")
             loss = loss + weight * (weights * terms).sum()
-        return LossSums(loss, float(result.weight_sum), float(result.acceptance_sum))
+        supervised, fed = batch["slots"].sum(), (batch["segments"] >= 0).sum()
+        return LossSums(loss, result.weight_sum, result.acceptance_sum, supervised, fed)
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the target is; places are followed."""
+        device = self.target.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        if self._resident is None or "starts" not in batch:
+            return batch
+        return self._resident.gathered(batch, block=self.network.block)
 
     def _slot_states(self, batch: dict[str, Tensor]) -> Tensor:
-        """States of the valid slots, `[N, S]`."""
+        """States of the slots that labels are of, `[N, S]`."""
         dtype = next(self.network.parameters()).dtype
         packed = PackedBatch(
             tokens=batch["tokens"],
@@ -232,19 +271,23 @@ class FeatureDistillation:
             anchors=batch["anchors"],
             slots=batch["slots"],
         )
-        return self.network.slot_states(packed)[batch["slots"]]
+        states = self.network.slot_states(packed)
+        return states.flatten(0, 2) if "valid" in batch else states[batch["slots"]]
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         """What `loss(batch).tokens` will be; no model runs."""
-        device = self.target.device
-        return float(self._weights(batch["places"].to(device), self._draft_ids[batch["labels"].to(device)]).sum())
+        if "starts" not in batch:
+            batch = {name: batch[name] for name in ("places", "labels")}
+        batch = self._on_device(batch)
+        return float(self._weights(batch, self._draft_ids[batch["labels"]]).sum())
 
-    def _weights(self, places: Tensor, drafts: Tensor) -> Tensor:
+    def _weights(self, batch: dict[str, Tensor], drafts: Tensor) -> Tensor:
         """Weights of slots, fp32 `[N]`, of their places and draft ids."""
-        decay = self.config.position_decay
+        places, decay = batch["places"], self.config.position_decay
         weights = torch.exp(-places / decay) if decay > 0 else torch.ones_like(places, dtype=torch.float32)
         # A slot whose token the draft cannot propose has nothing to learn; the teacher is renormalised over the rest.
-        return weights * (drafts >= 0)
+        weights = weights * (drafts >= 0)
+        return weights * batch["valid"] if "valid" in batch else weights
 
     def _teacher(self, states: Tensor) -> Callable[[slice], Tensor]:
         """Teacher logits over the draft's vocabulary for a slice of slots."""
@@ -266,21 +309,26 @@ class FeatureDistillation:
             summed products of acceptances along the target's own tokens, temperature 1; tau_greedy: the same with
             agreement of the two argmaxes; and tau_<domain>.
         """
-        block = self.network.block
+        block, size = self.network.block, self.config.sequences_per_step
         by_slot = torch.zeros(block, dtype=torch.float64)
         counts = torch.zeros(block, dtype=torch.float64)
         taus: dict[str, list[tuple[float, float]]] = {}
-        for number, sample in enumerate(self.validation):
-            draw = torch.Generator().manual_seed(self.seed * 7_919 + number)
-            batch = self.collate([self._piece(sample, count=_VALIDATION_ANCHORS, generator=draw)])
-            accepted, agreed = self._acceptance(batch)
-            slots = batch["slots"][0]
-            grid, agree = torch.zeros(slots.shape, dtype=torch.float64), torch.zeros(slots.shape, dtype=torch.float64)
-            grid[slots], agree[slots] = accepted.double().cpu(), agreed.double().cpu()
-            by_slot += grid.sum(0)
-            counts += slots.sum(0)
-            sums = [1.0 + table.cumprod(1).sum(1) for table in (grid, agree)]
-            taus.setdefault(sample.domain, []).extend(zip(sums[0].tolist(), sums[1].tolist(), strict=True))
+        for start in range(0, len(self.validation), size):
+            samples = self.validation[start : start + size]
+            draws = [torch.Generator().manual_seed(self.seed * 7_919 + start + i) for i in range(len(samples))]
+            pairs = zip(samples, draws, strict=True)
+            pieces = [self._piece(sample, count=_VALIDATION_ANCHORS, generator=draw) for sample, draw in pairs]
+            batch = self.collate(pieces, rows=[[row] for row in range(len(pieces))])
+            slots = batch["slots"]
+            grids = [torch.zeros(slots.shape, dtype=torch.float64) for _ in range(2)]
+            for grid, found in zip(grids, self._acceptance(batch), strict=True):
+                grid[slots] = found.double().cpu()
+            by_slot += grids[0].sum((0, 1))
+            counts += slots.sum((0, 1))
+            sums = [1.0 + grid.cumprod(2).sum(2) for grid in grids]
+            for row, (sample, piece) in enumerate(zip(samples, pieces, strict=True)):
+                mine = [found[row, : piece.anchors.shape[0]].tolist() for found in sums]
+                taus.setdefault(sample.domain, []).extend(zip(*mine, strict=True))
         if not taus:
             return {}
         every = [pair for pairs in taus.values() for pair in pairs]
@@ -295,8 +343,7 @@ class FeatureDistillation:
 
     def _acceptance(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """For each valid slot: sum_v min(p, q) with the target's whole distribution, and whether the argmaxes agree."""
-        device = self.target.device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = self._on_device(batch)
         states = self._slot_states(batch)
         vocabulary = self.network.vocabulary
         accepted, agreed = [], []
@@ -312,6 +359,16 @@ class FeatureDistillation:
         return torch.cat(accepted), torch.cat(agreed)
 
 
+def _drawn(asked: Tensor, written: Tensor, *, count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Anchors `[a]`, ascending, out of candidates in prompts `[p]` and in responses `[r]`: `count` of them, or all."""
+    number = min(round(count * share), asked.shape[0])
+    drawn = [
+        candidates[torch.randperm(candidates.shape[0], generator=generator)[:wanted]]
+        for candidates, wanted in ((written, count - number), (asked, number))
+    ]
+    return torch.cat(drawn).sort().values
+
+
 def _pack(lengths: list[int], *, capacity: int) -> list[list[int]]:
     """Indices of conversations by row, longest first into the first row with room; else a row of its own."""
     rows: list[list[int]] = []
@@ -325,41 +382,3 @@ def _pack(lengths: list[int], *, capacity: int) -> list[list[int]]:
         rows[row].append(index)
         filled[row] += lengths[index]
     return rows
-
-
-def draft_vocabulary(samples: Sequence[Conversation], *, size: int, vocab_size: int) -> Tensor | None:
-    """The most frequent tokens of the training responses, sorted ids int64 `[size]`; None for the whole vocabulary.
-
-    Where the responses hold fewer kinds, the lowest other ids fill up: tokenizers number frequent merges first.
-    """
-    if size == 0 or size >= vocab_size:
-        return None
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for sample in samples:
-        if sample.split == "train":
-            counts += torch.bincount(sample.tokens[sample.mask], minlength=vocab_size)
-    order = torch.sort(counts, descending=True, stable=True).indices
-    return order[:size].sort().values
-
-
-@torch.no_grad()
-def covered_mass(
-    target: CausalModel, samples: Sequence[Conversation], vocabulary: Tensor | None, *, limit: int = 2048
-) -> float:
-    """Share of the target's probability that falls on a vocabulary, averaged over validation positions."""
-    if vocabulary is None:
-        return 1.0
-    states: list[Tensor] = []
-    for sample in samples:
-        if sum(len(rows) for rows in states) >= limit:
-            break
-        if sample.split == "validation" and sample.has_states:
-            states.append(sample.states_of(sample.mask))
-    if not states:
-        return 1.0
-    rows = torch.cat(states)[:limit].to(target.device)
-    mass = [
-        target.head(piece.to(target.model.dtype)).float().softmax(-1)[:, vocabulary.to(target.device)].sum(-1)
-        for piece in rows.split(128)
-    ]
-    return float(torch.cat(mass).mean())

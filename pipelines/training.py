@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.conversation import Joined
 from distill.corpus import StoredSamples, read_shards
 from distill.distillation import Distillation
+from distill.draft_vocabulary import covered_mass, draft_vocabulary
 from distill.drafts import DraftContext, Student, write_spec
-from distill.feature_distillation import FeatureDistillation, covered_mass, draft_vocabulary
+from distill.feature_distillation import FeatureDistillation
 from distill.features import kept_taps
 from inference.drafters.quantized import quantization_config
 from inference.errors import InputError
@@ -40,6 +41,7 @@ from pipelines.config import RunConfig
 from train.config import TrainerConfig
 from train.engines.spreading import spread_frozen
 from train.loop import Batch, FitResult, LossOutput, fit
+from train.results import Pair
 from train.trackers import Tracker
 from train.trackers.none import NoTracker
 
@@ -128,13 +130,8 @@ def train(lesson: Lesson, *, tracker: Tracker | None = None, group: Group | None
 
     def loss(batch: Batch) -> LossOutput:
         sums = task.loss(batch)
-        return LossOutput(
-            sums.loss,
-            sums.tokens,
-            {"acceptance": (sums.acceptance, sums.tokens)},
-            supervised=batch["labels"].shape[0],
-            fed=_read(batch),
-        )
+        counted: dict[str, Pair] = {"acceptance": (sums.acceptance, sums.tokens)}
+        return LossOutput(sums.loss, sums.tokens, counted, supervised=sums.supervised, fed=sums.fed)
 
     result = fit(
         trainee.module,
@@ -147,17 +144,12 @@ def train(lesson: Lesson, *, tracker: Tracker | None = None, group: Group | None
         evaluate=task.evaluate if task.validation else None,
         weigh=task.weight,
         used_apart=trainee.used_apart,
+        ahead=task.batches_ahead and company.device(lesson.cfg).type == "cuda",
+        fixed_shapes=task.fixed_shapes,
     )
     if company.rank == 0 and result.speed is not None:
         logger.info("trained %s: %s", lesson.name, result.speed)
     return Trained(result, {**trainee.metrics, **task.counts}, trainee.save)
-
-
-def _read(batch: Batch) -> Tensor:
-    """Tokens of a batch that are no padding, as a student or a network that reads features has them."""
-    if "attention" in batch:
-        return batch["attention"].sum()
-    return (batch["segments"] >= 0).sum()
 
 
 def _optimizer(optimizer: Any, draft: Any) -> Any:
@@ -319,9 +311,23 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
         )
     )
 
+    if company.group is None and lesson.trainer.captures(target.device.type):
+        company.together(lambda: _keep_resident(task, lesson.name))
+
     def save(folder: Path) -> None:
         save_network(network, folder, target_folder=lesson.target_folder)
         write_spec(folder, {"kind": "feature"})
 
     apart = [network.head, *([network.lm_head] if network.vocabulary is not None else [])]
     return _Trainee(network, task, save, used_apart=apart, metrics={"covered_mass": covered})
+
+
+def _keep_resident(task: FeatureDistillation, name: str) -> None:
+    """Put the corpus onto the device as a whole, if there is room for it and as much again."""
+    wanted, device = task.resident_bytes(), task.target.device
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if room is not None and 2 * wanted > room:
+        said = f"the corpus needs {wanted / 2**30:.1f} GiB of the device twice, {room / 2**30:.1f} are free"
+        logger.info("%s: %s, so steps run kernel by kernel", name, said)
+        return
+    task.keep_resident()

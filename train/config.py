@@ -12,12 +12,14 @@ _FREE = (
     "engine",
     "zero_stage",
     "offload",
+    "captured",
     "profile_steps",
     "peak_tflops",
 )
 ENGINES = ("plain", "deepspeed")
 PRECISIONS = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer", "all")
+CAPTURED = ("auto", "on", "off")
 
 
 @dataclass
@@ -29,6 +31,8 @@ class TrainerConfig:
         zero_stage: what DeepSpeed spreads over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
             too.
         offload: what DeepSpeed keeps in the CPU's memory: "none", "optimizer" or "all" (weights too, stage 3).
+        captured: passes replayed as CUDA graphs by the plain engine: "auto" where there is a CUDA device and what is
+            trained has batches of few shapes, "on" everywhere (uncaptured on a CPU), or "off".
         steps: optimizer steps of the whole run (0 = whoever calls the loop decides, from its time budget).
         accumulation: micro-batches a step, of all processes together; gradients are averaged over all their tokens.
         clip_norm: largest gradient norm; longer gradients are scaled down to it (0 = no clipping).
@@ -53,6 +57,7 @@ class TrainerConfig:
     engine: str = "plain"
     zero_stage: int = 2
     offload: str = "none"
+    captured: str = "auto"
     steps: int = 0
     accumulation: int = 1
     clip_norm: float = 1.0
@@ -77,6 +82,7 @@ class TrainerConfig:
         _at_least(self, 0, "profile_steps", "peak_tflops")
         _one_of(self, "engine", ENGINES)
         _one_of(self, "offload", OFFLOADS)
+        _one_of(self, "captured", CAPTURED)
         if self.zero_stage not in range(4):
             raise ValueError(f"trainer.zero_stage is {self.zero_stage}: choose 0, 1, 2 or 3")
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
@@ -88,6 +94,10 @@ class TrainerConfig:
         for name in ("warmup_share", "final_factor", "decay_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}: choose a share between 0 and 1")
+
+    def captures(self, device_type: str) -> bool:
+        """Whether passes are to be captured on a device, where batches allow it."""
+        return self.engine == "plain" and (self.captured == "on" or (self.captured == "auto" and device_type == "cuda"))
 
     def trajectory(self) -> dict[str, Any]:
         """Return the settings a resumed run must share with the one it goes on from."""

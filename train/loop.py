@@ -9,14 +9,17 @@ ends with the same bytes as a run that was never interrupted.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from train.ahead import BatchesAhead
 from train.batches import Batch
 from train.config import TrainerConfig
 from train.engines import Engine, Loss, Weigh
+from train.engines.captured import CapturedEngine
 from train.engines.plain import PlainEngine
 from train.optimizers import OptimizerConfig
 from train.profiling import PROFILE_FILE, StepProfile
@@ -39,6 +42,8 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     weigh: Weigh | None = None,
     used_apart: Sequence[nn.Module] = (),
+    ahead: bool = False,
+    fixed_shapes: bool = False,
 ) -> FitResult:
     """Train the parameters of a module that require a gradient, in place.
 
@@ -58,6 +63,9 @@ def fit(
             training.
         weigh: the `weight_sum` of a batch's loss without running the model; DeepSpeed needs it.
         used_apart: parts of the module whose parameters are read outside their own `forward`, for ZeRO stage 3.
+        ahead: make each batch in a thread while the step before runs; only for batches that read nothing trained.
+        fixed_shapes: batches come in few shapes and nothing in `loss` waits for the device, so that it can be captured
+            (see `train.engines.captured`).
 
     Returns:
         Counters, metrics and where the checkpoints are.
@@ -71,12 +79,24 @@ def fit(
     """
     tracker = guarded(tracker)
     try:
-        make = partial(_engine, module, loss=loss, weigh=weigh, optimizer=optimizer, cfg=cfg, used_apart=used_apart)
+        make = partial(
+            _engine,
+            module,
+            loss=loss,
+            weigh=weigh,
+            optimizer=optimizer,
+            cfg=cfg,
+            used_apart=used_apart,
+            fixed_shapes=fixed_shapes,
+        )
+        thread = BatchesAhead(batches, steps=cfg.steps, accumulation=cfg.accumulation) if ahead else None
+        batches = thread or batches
         run = Run(module, batches, make, optimizer, cfg, folder / "checkpoints", tracker, evaluate)
         alone = run.engine.size == 1
         watched = StepProfile(cfg.profile_steps, folder / PROFILE_FILE if run.leads else None)
         shown = Progress(cfg.steps, done=run.step, shown=run.leads)
-        with StopRequest(alone=alone) as stop, watched as profiled, shown as progress:
+        making = thread or nullcontext()
+        with making, StopRequest(alone=alone) as stop, watched as profiled, shown as progress:
             while run.step < cfg.steps:
                 profiled.step()
                 run.make_step(stop)
@@ -99,9 +119,12 @@ def _engine(
     optimizer: OptimizerConfig,
     cfg: TrainerConfig,
     used_apart: Sequence[nn.Module],
+    fixed_shapes: bool,
 ) -> Engine:
     if cfg.engine == "plain":
-        return PlainEngine(module, loss=loss, optimizer=optimizer, arithmetic=cfg.precision, clip_norm=cfg.clip_norm)
+        device = next(module.parameters()).device
+        kind = CapturedEngine if fixed_shapes and cfg.captures(device.type) else PlainEngine
+        return kind(module, loss=loss, optimizer=optimizer, arithmetic=cfg.precision, clip_norm=cfg.clip_norm)
     from train.engines.zero import ZeroEngine
 
     assert weigh is not None, "DeepSpeed scales by the weight of a whole step before its backward passes"

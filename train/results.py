@@ -19,17 +19,24 @@ class LossOutput:
         loss_sum: sum of the weighted losses, a scalar with a graph.
         weight_sum: sum of the weights; gradients are divided by its total over the step.
         sums: metrics as (sum, total) pairs; they are added up and divided once.
-        tokens: tokens learned from, for the accounts (0 = weight_sum is that number).
-        supervised: positions learned from, whatever they weigh, for the speed (0 = `tokens`).
+        tokens: tokens learned from, for the accounts (a plain 0 = weight_sum is that number).
+        supervised: positions learned from, whatever they weigh, for the speed (a plain 0 = `tokens`).
         fed: tokens that the model reads, without padding, for the speed (0 = not told).
     """
 
     loss_sum: Tensor
     weight_sum: Number
     sums: dict[str, Pair] = field(default_factory=dict)
-    tokens: int = 0
-    supervised: int = 0
+    tokens: Number = 0
+    supervised: Number = 0
     fed: Number = 0
+
+    def numbers(self) -> list[Number]:
+        """Loss, weight, tokens, supervised and fed, then value and total of each metric in order of their names."""
+        tokens = self.tokens if isinstance(self.tokens, Tensor) or self.tokens else self.weight_sum
+        supervised = self.supervised if isinstance(self.supervised, Tensor) or self.supervised else tokens
+        pairs = [number for name in sorted(self.sums) for number in self.sums[name]]
+        return [self.loss_sum, self.weight_sum, tokens, supervised, self.fed, *pairs]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from train.engines import Engine
 from train.errors import TrainingDiverged, TrainingError
 from train.optimizers import OptimizerConfig
 from train.peaks import device_peak_flops
-from train.results import FitResult, LossOutput
+from train.results import FitResult, LossOutput, Number
 from train.resuming import check_same_settings, plain_settings
 from train.schedule import factor
 from train.signals import StopRequest
@@ -151,15 +151,11 @@ class Run:
         """The step's sums over all processes, in one exchange."""
         count = self.cfg.accumulation
         names = sorted(outputs[0].sums)
-        losses = torch.stack([output.loss_sum for output in outputs]).double().cpu()  # the one wait for the device
+        found = _on_host([output.numbers() for output in outputs])
         values = torch.zeros(5, count, dtype=torch.float64)
-        values[0, own] = losses
-        for micro, output in zip(own, outputs, strict=True):
-            values[1, micro] = float(output.weight_sum)
-            values[2, micro] = output.tokens or round(float(output.weight_sum))
-            values[3, micro] = output.supervised or values[2, micro]
-            values[4, micro] = float(output.fed)
-        pairs = [math.fsum(float(output.sums[name][i]) for output in outputs) for name in names for i in (0, 1)]
+        values[:, own] = found[:, :5].T
+        values[2:4] = values[2:4].round()
+        pairs = [math.fsum(column) for column in found[:, 5:].T.tolist()]
         asked = [float(stop.signal == number) for number in _SIGNALS]
         flat = torch.cat([values.flatten(), torch.tensor([*pairs, flops, *asked], dtype=torch.float64)])
         whole = self.engine.total(flat).tolist()
@@ -373,6 +369,15 @@ class Run:
             step_tflops=self.flops / 1e12 if self.flops else None,
             peak_tflops=self.peak / 1e12 if self.peak else None,
         )
+
+
+def _on_host(rows: list[list[Number]]) -> torch.Tensor:
+    """Numbers `[n, k]`, fp64, wherever they lie: what lies on a device comes in one copy, the one wait for it."""
+    flat = [number for row in rows for number in row]
+    there = [number.detach() for number in flat if isinstance(number, torch.Tensor)]
+    come = iter(torch.stack([number.double().to(there[0].device) for number in there]).tolist() if there else [])
+    known = [next(come) if isinstance(number, torch.Tensor) else float(number) for number in flat]
+    return torch.tensor(known, dtype=torch.float64).reshape(len(rows), -1)
 
 
 @contextmanager

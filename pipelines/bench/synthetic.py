@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distill.conversation import Joined, Sample
 from distill.corpus import read_shards, write_shard
 from distill.distillation import Distillation
-from distill.feature_distillation import FeatureDistillation, draft_vocabulary
+from distill.draft_vocabulary import draft_vocabulary
+from distill.feature_distillation import FeatureDistillation
 from distill.features import FeatureShards, write_features
 from distill.objectives.forward_kl import Config as ForwardKL
 from inference.feature_drafts.eagle3 import Config as Eagle3

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from distill.conversation import Conversation
 from distill.corpus import read_corpus
-from distill.feature_distillation import FeatureDistillation, draft_vocabulary
+from distill.draft_vocabulary import draft_vocabulary
+from distill.feature_distillation import FeatureDistillation
 from distill.features import capture_features
 from distill.objectives.forward_kl import Config as ForwardKL
 from inference.feature_networks import make_network
@@ -151,7 +152,7 @@ def _plain_eagle3(pupil: Pupil) -> tuple[list[nn.Parameter], Step]:
 
     def step() -> tuple[Tensor, float]:
         sums = task.loss(task.batch(next(steps), 0))
-        return sums.loss / sums.tokens, sums.tokens
+        return sums.loss / sums.tokens, float(sums.tokens)
 
     return [p for p in network.parameters() if p.requires_grad], step
 
