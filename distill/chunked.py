@@ -27,14 +27,12 @@ class ChunkedLoss:
         loss_sum: sum of weight x loss, a scalar that carries the gradient (none under `torch.no_grad`).
         weight_sum: sum of the weights, a scalar.
         acceptance_sum: sum of weight x (1 - TV), a scalar: expected acceptance when sampling at temperature 1.
-        agreement_sum: sum of weight x [argmax draft == argmax target], a scalar: acceptance when decoding greedily.
         acceptances: 1 - TV of each position, unweighted, [N].
     """
 
     loss_sum: Tensor
     weight_sum: Tensor
     acceptance_sum: Tensor
-    agreement_sum: Tensor
     acceptances: Tensor
 
 
@@ -55,16 +53,13 @@ class _Plan:
         return [slice(at, min(at + self.chunk_tokens, total)) for at in range(0, total, self.chunk_tokens)]
 
     def sums(self, hidden: Tensor, parameters: Sequence[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the chunk's weighted loss (differentiable) and acceptance and agreement of each position, [2, n]."""
+        """Return the chunk's weighted loss (differentiable) and the acceptance of each position, [n]."""
         draft_logits = functional_call(self.head, dict(zip(self.names, parameters, strict=True)), (hidden,))
         with torch.no_grad():
             target_logits = self.target_logits(rows)  # shape: [n, V]
         weights = self.weights[rows]
         loss = self.objective(draft_logits, target_logits, self.labels[rows])
-        with torch.no_grad():
-            agreed = (draft_logits.argmax(-1) == target_logits.argmax(-1)).to(loss.dtype)
-            measured = torch.stack([acceptance(draft_logits, target_logits).to(loss.dtype), agreed])  # shape: [2, n]
-        return (weights * loss).sum(), measured
+        return (weights * loss).sum(), acceptance(draft_logits, target_logits).to(loss.dtype)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -78,7 +73,7 @@ class _ChunkedSum(torch.autograd.Function):
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         head_grads = [torch.zeros_like(leaf, dtype=_sum_dtype(leaf)) for leaf in leaves]
         loss_sum = plan.weights.new_zeros(())
-        measured = plan.weights.new_zeros(2, hidden.shape[0])
+        measured = plan.weights.new_zeros(hidden.shape[0])
         for rows in plan.chunks():
             piece = hidden[rows].detach().requires_grad_(wanted[0])
             with torch.enable_grad():
@@ -91,7 +86,7 @@ class _ChunkedSum(torch.autograd.Function):
             for total, grad in zip(head_grads, grads, strict=True):
                 total += grad
             loss_sum += loss.detach()
-            measured[:, rows] = counts
+            measured[rows] = counts
         ctx.save_for_backward(hidden_grad, *[g.to(p.dtype) for g, p in zip(head_grads, parameters, strict=True)])
         ctx.mark_non_differentiable(measured)
         return loss_sum, measured
@@ -152,16 +147,15 @@ def chunked_objective(
         loss_sum, measured = _ChunkedSum.apply(plan, hidden, *learned.values())  # type: ignore[no-untyped-call]
     else:
         loss_sum, measured = _evaluate(plan, hidden, list(learned.values()))
-    acceptance_sum, agreement_sum = (measured * weights).sum(-1)
-    return ChunkedLoss(loss_sum, weights.sum(), acceptance_sum, agreement_sum, measured[0])
+    return ChunkedLoss(loss_sum, weights.sum(), (measured * weights).sum(), measured)
 
 
 @torch.no_grad()
 def _evaluate(plan: _Plan, hidden: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sum the values alone."""
-    loss_sum, measured = plan.weights.new_zeros(()), plan.weights.new_zeros(2, hidden.shape[0])
+    loss_sum, measured = plan.weights.new_zeros(()), plan.weights.new_zeros(hidden.shape[0])
     for rows in plan.chunks():
         loss, counts = plan.sums(hidden[rows], parameters, rows)
         loss_sum += loss
-        measured[:, rows] = counts
+        measured[rows] = counts
     return loss_sum, measured

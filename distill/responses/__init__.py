@@ -2,3 +2,15 @@
 
 Responses are always the target's own words: a draft is trained on what the target says, not on what a data set says.
 """
+
+
+def check_answers(answers: int, *, temperature: float) -> None:
+    """Validate how many answers a prompt may have.
+
+    Raises:
+        ValueError: none, or several of which all would be the same.
+    """
+    if answers < 1:
+        raise ValueError(f"corpus.answers is {answers}: use at least 1")
+    if answers > 1 and temperature == 0:
+        raise ValueError(f"corpus.answers is {answers}, but greedy answers are all the same: raise corpus.temperature")

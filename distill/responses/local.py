@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from distill.chat import end_of_turn, follow_up, messages_for, render_prompt
 from distill.prompts import Prompt
+from distill.responses import check_answers
 from distill.responses._context import AnswerContext, sample_of
 from inference.sampling_settings import SamplingSettings
 from inference.taps import default_taps
@@ -33,6 +34,7 @@ class Config:
         top_k: see `inference.sampling_settings.SamplingSettings`.
         top_p: see `inference.sampling_settings.SamplingSettings`.
         max_new_tokens: longest response of one turn, in tokens.
+        answers: most answers to one training prompt, where its domain has fewer prompts than responses are wanted.
         batch_size: conversations answered at once; where one has its answer the next begins, within a shard.
         shard_size: conversations of a shard, which is what a killed run writes again; never fewer than `batch_size`. 0
             for four times as many as that, but at most 256.
@@ -50,6 +52,7 @@ class Config:
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 128
+    answers: int = 1
     batch_size: int = 32
     shard_size: int = 0
     keep_states: bool = True
@@ -64,6 +67,7 @@ class Config:
             raise ValueError(
                 f"corpus.max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens}, {self.batch_size}"
             )
+        check_answers(self.answers, temperature=self.temperature)
         if self.shard_size < 0:
             raise ValueError(f"corpus.shard_size is {self.shard_size}; use 0 or more")
         if not self.features_gib >= 0:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.chat import Message, conversation_tokens, end_of_turn, messages_for
 from distill.prompts import Prompt
+from distill.responses import check_answers
 from distill.responses._context import AnswerContext, sample_of
 from inference.errors import InputError
 
@@ -56,6 +57,8 @@ class Config:
     """Nucleus mass (1 = off)."""
     max_new_tokens: int = 512
     """Longest response of one turn, in tokens."""
+    answers: int = 1
+    """Most answers to one training prompt, where its domain has fewer prompts than responses are wanted."""
     batch_size: int = 64
     """Conversations in one shard, which is what a killed run loses at most."""
     concurrency: int = 16
@@ -81,6 +84,7 @@ class Config:
             raise ValueError(
                 f"server: temperature {self.temperature}, top_p {self.top_p}: use temperature >= 0 and 0 < top_p <= 1"
             )
+        check_answers(self.answers, temperature=self.temperature)
         if min(self.max_new_tokens, self.batch_size, self.concurrency) < 1 or self.retries < 0:
             raise ValueError("server: use max_new_tokens, batch_size and concurrency of at least 1, and retries >= 0")
         if self.timeout_s <= 0 or self.backoff_s < 0:
