@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from inference.costs import RoundCosts, interpolated
 from inference.decoder import decode
-from inference.lookahead import Chances, Lookahead, Measured
+from inference.graphed.decode import GraphedDecoder
+from inference.lookahead import Chances, Lookahead, Measured, RecordingLookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.randomness import TorchSource
 from inference.request import Decoded, Request
@@ -99,8 +100,7 @@ def choose_block(
             if arm.captured is None:
                 result = decode_validation(arm, prompt, lookahead, setting, max_new_tokens, stop_tokens, seed)
             else:
-                request = Request(settings=setting, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-                result = arm.captured.decode(prompt.tokens, request=request, seed=_seed(arm, prompt, setting, seed))
+                result = _decode_captured(arm, arm.captured, prompt, setting, max_new_tokens, stop_tokens, seed)
             blocks.update(result.blocks)
             for k, (a, p) in enumerate(zip(result.accepted, result.proposed, strict=True)):
                 accepted[k] += a
@@ -192,6 +192,41 @@ def decode_validation(
         lookahead=lookahead,
         generator=TorchSource.seeded(_seed(arm, prompt, settings, seed), device=arm.target.device),
     )
+
+
+def record_validation(
+    arm: Arm,
+    prompt: ScorePrompt,
+    *,
+    tokens: int,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+) -> RecordingLookahead:
+    """One validation prompt in whole blocks of so many tokens, with what was known of each and became of it; captured
+    arms are decoded by captured rounds."""
+    recording = RecordingLookahead(tokens)
+    if arm.captured is None:
+        decode_validation(arm, prompt, recording, settings, max_new_tokens, stop_tokens, seed)
+    else:
+        decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block))
+        _decode_captured(arm, decoder, prompt, settings, max_new_tokens, stop_tokens, seed, recording)
+    return recording
+
+
+def _decode_captured(
+    arm: Arm,
+    decoder: GraphedDecoder,
+    prompt: ScorePrompt,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+    recording: RecordingLookahead | None = None,
+) -> Decoded:
+    request = Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+    return decoder.decode(prompt.tokens, request=request, seed=_seed(arm, prompt, settings, seed), recording=recording)
 
 
 def _seed(arm: Arm, prompt: ScorePrompt, settings: SamplingSettings, seed: int) -> int:

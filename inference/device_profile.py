@@ -25,8 +25,7 @@ from inference.costs import interpolated, monotone
 from inference.layers import decoder_layers
 from inference.model import CausalModel
 from inference.parallel import load_target
-from inference.precision import available_precisions
-from inference.processes import num_processes
+from inference.placement import holders, precisions_for
 from inference.target import TargetConfig, config_shape
 
 logger = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ def device_profile(target: TargetConfig, cache: Path) -> DeviceProfile:
     folder = target.folder(cache)
     device = target.torch_device()
     identity = {
-        "device": device_name(device),
+        "device": device_name(device, folder),
         "versions": library_versions(),
         "shape": config_shape(folder),
         "widths": WIDTHS,
@@ -176,7 +175,7 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
     because the machine did. Where not all fit, as many as do take turns, and every such group is visited twice, the
     second time in the opposite order.
     """
-    names = available_precisions(device)
+    names = precisions_for(folder, device)
     size = max(1, min(len(names), _models_that_fit(folder, device)))
     groups = [names[start : start + size] for start in range(0, len(names), size)]
     if len(groups) > 1:
@@ -192,7 +191,7 @@ def measure(folder: Path, *, device: torch.device, attention: str = "sdpa") -> D
         train[name] = _time_training(load_target(folder, precision=name, device=device, attention=attention))
     fits = {name: _lower_quartiles(by_width) for name, by_width in seconds.items()}
     passes, spread = ({name: fit[part] for name, fit in fits.items()} for part in (0, 1))
-    return DeviceProfile(device_name(device), library_versions(), passes, spread, train)
+    return DeviceProfile(device_name(device, folder), library_versions(), passes, spread, train)
 
 
 def _models_that_fit(folder: Path, device: torch.device) -> int:
@@ -213,10 +212,10 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: torch.device, target: Path | None = None) -> str:
     """Processor or GPU name, with the thread count and whether bf16 instructions exist on a CPU, and the processes that
-    a target is spread over where they are several."""
-    processes = f", {num_processes()} processes" if num_processes() > 1 else ""
+    the target of a folder is spread over where they are several."""
+    processes = _spread_over(target, device) if target else ""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}{processes}"
     name = platform.processor() or platform.machine()
@@ -225,6 +224,16 @@ def device_name(device: torch.device) -> str:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{processes}"
+
+
+def _spread_over(target: Path, device: torch.device) -> str:
+    """The processes that a target is spread over, and the arithmetics in which it is not; empty where that is all."""
+    sizes = holders(target, device)
+    whole = [name for name, size in sizes.items() if size == 1]
+    if len(whole) == len(sizes):
+        return ""
+    but = f" except in {' and '.join(whole)}" if whole else ""
+    return f", {max(sizes.values())} processes{but}"
 
 
 def library_versions() -> dict[str, str]:

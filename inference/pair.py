@@ -25,8 +25,8 @@ from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, read_pair
 from inference.parallel import load_target
+from inference.placement import precisions_for
 from inference.plugins import plugin
-from inference.precision import available_precisions
 from inference.randomness import TorchSource
 from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
@@ -226,8 +226,8 @@ def load_pair(
     decoding = info["decoding"]
     torch_device = config.torch_device()
     precision = decoding["precision"]
-    if precision not in available_precisions(torch_device):
-        precision = available_precisions(torch_device)[0]
+    if precision not in (offered := precisions_for(target_folder, torch_device)):
+        precision = offered[0]
     attention = reference["attention"]
     if beside is not None and beside.serves(digest, precision=precision, device=torch_device, attention=attention):
         model = beside.target
@@ -274,7 +274,7 @@ def _measured(info: dict[str, Any], target: TargetConfig, cache: Path, precision
         return None
     measured = Measured.from_json(data, where=PAIR_FILE)
     known = info.get("cost_profile", {})
-    here = (device_name(target.torch_device()), library_versions(), precision)
+    here = (device_name(target.torch_device(), target.folder(cache)), library_versions(), precision)
     if (known.get("device"), known.get("versions"), info["decoding"]["precision"]) == here:
         return measured
     logger.info("this pair was measured on another device or other libraries; its costs are measured anew")

@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 2 -m pipelines.cli score target.path=/models/large
 
+Whether a target lies in several is decided by `inference.placement`.
+
 The leader runs the ordinary program. Whenever it feeds its model, it announces what is fed, and the followers feed
 their parts the same: whoever calls the model, by `CausalModel` or directly, need not know. Followers keep a mirror of
 every cache; what the leader does to one between two passes (a rollback, a sibling that moves) is noted and repeated by
@@ -20,7 +22,6 @@ import functools
 import gc
 import itertools
 import logging
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from inference import processes
 from inference.attention import current_override, current_siblings, masked_siblings
@@ -40,6 +41,7 @@ from inference.errors import InputError
 from inference.loading import check_model_folder, load_causal_model
 from inference.mirrored import Journal, MirroredCache, MirroredSlots
 from inference.model import CausalModel, OutputHead
+from inference.placement import Placement, placement
 from inference.precision import is_packed
 from inference.sharded import bare, gathered, load_part, settled
 
@@ -53,6 +55,7 @@ _FED = {
     "logits_to_keep",
     "return_dict",
 }
+_SAID: set[tuple[Path, int]] = set()
 _EDITS = {"rollback", "move", "batch_select_indices", "join", "fork", "leave"}
 
 
@@ -64,7 +67,7 @@ def run(program: Callable[[], int], tasks: Mapping[str, Task] | None = None) -> 
     """Run a program on the first of the processes that torchrun started, while the others hold parts of its targets.
 
     Args:
-        program: as on one process; targets it loads by `load_target` are spread over all. Returns its exit code.
+        program: as on one process; targets it loads by `load_target` may be spread over all. Returns its exit code.
         tasks: what else the others can be called to, by name (`call_to`).
 
     Returns:
@@ -85,14 +88,17 @@ def call_to(group: processes.Group, task: str, given: dict[str, Any]) -> None:
     group.announce({"do": "task", "task": task, "given": given, "dropped": _ledger(group).take_dropped()})
 
 
-def load_target(folder: Path, *, precision: str, device: torch.device, attention: str = "sdpa") -> CausalModel:
-    """A target in one arithmetic, spread over the processes of this run if it has several and it can be.
+def load_target(
+    folder: Path, *, precision: str, device: torch.device, attention: str = "sdpa", way: str = ""
+) -> CausalModel:
+    """A target in one arithmetic; of several processes this one holds it whole, or all do, by `inference.placement`.
 
     Args:
         folder: the model folder, at the same place for every process.
         precision: see `inference.precision`.
         device: where it runs; each process takes a GPU of its own.
         attention: transformers' attention implementation.
+        way: of placing it, in place of what `inference.placement.placing` says.
 
     Raises:
         InputError: see `load_causal_model`; or what is asked for cannot be spread, or one process cannot load its part.
@@ -102,8 +108,9 @@ def load_target(folder: Path, *, precision: str, device: torch.device, attention
     if group is None:
         return load_causal_model(folder, precision=precision, device=device, attention=attention)
     check_model_folder(folder)
-    if reason := undivided(folder, size=group.size):
-        _say_once(f"the first process holds the target alone: {reason}")
+    placed = placement(folder, precision=precision, device=device, way=way)
+    _say_once(folder, placed)
+    if placed.processes == 1:
         return load_causal_model(folder, precision=precision, device=device, attention=attention)
     check_spread(precision=precision, device=device, size=group.size)
     gc.collect()  # a sharded model that was dropped is a cycle; its memory is wanted now
@@ -115,21 +122,6 @@ def load_target(folder: Path, *, precision: str, device: torch.device, attention
     target = ParallelModel(model, ledger=ledger, number=number, folder=folder, precision=precision)
     weakref.finalize(target, ledger.dropped.append, number)
     return target
-
-
-def undivided(folder: Path, *, size: int) -> str:
-    """Why a target cannot be spread over so many processes, by its family or its heads; empty where it can."""
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
-    if not text.base_model_tp_plan:
-        return f"transformers has no tensor-parallel plan for {text.model_type}"
-    heads = text.num_attention_heads
-    of_keys = text.to_dict().get("num_key_value_heads") or heads
-    shared = math.gcd(heads, of_keys)
-    if shared % size == 0:
-        return ""
-    fitting = [str(n) for n in range(2, shared + 1) if shared % n == 0]
-    other = f" ({' or '.join(fitting)} processes would do)" if fitting else ""
-    return f"{heads} heads, with {of_keys} of keys and values, cannot be shared out among {size} processes{other}"
 
 
 def check_spread(*, precision: str, device: torch.device, size: int) -> None:
@@ -152,9 +144,16 @@ def check_spread(*, precision: str, device: torch.device, size: int) -> None:
         )
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    _LOG.warning("%s", line)
+def _say_once(folder: Path, placed: Placement) -> None:
+    """One line on where a target lies, for the first of its arithmetics."""
+    if (said := (folder, placed.processes)) in _SAID:
+        return
+    _SAID.add(said)
+    if placed.processes > 1:
+        _LOG.info("the target is spread over %d processes: %s", placed.processes, placed.reason)
+    else:
+        level = logging.WARNING if placed.refused else logging.INFO
+        _LOG.log(level, "the first process holds the target alone, the others wait: %s", placed.reason)
 
 
 class _Ledger:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from inference.precisions import PRECISIONS
-from inference.processes import num_processes
 
 _STORED = {"bf16": torch.bfloat16, "bf16_packed": torch.bfloat16, "fp16": torch.float16}
 _PACKED_ROWS_HINT = 8
@@ -26,11 +25,9 @@ _READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def available_precisions(device: torch.device) -> list[str]:
-    """Arithmetics that run on a device, exact ones first; packed weights cannot be spread over several processes."""
+    """Arithmetics that run on a device, exact ones first."""
     if device.type != "cpu":
         return ["fp32", "bf16", "fp16"]
-    if num_processes() > 1:
-        return ["fp32", "bf16"]
     names = ["fp32"]
     blocked = torch.backends.mkldnn.is_available()
     if blocked:

@@ -97,13 +97,18 @@ class TargetConfig:
         check_model_folder(folder)
         return folder
 
-    def load(self, cache: Path, *, precision: str) -> "CausalModel":
-        """The target in one arithmetic, spread over the processes of this run if it has several."""
+    def load(self, cache: Path, *, precision: str, way: str = "") -> "CausalModel":
+        """The target in one arithmetic; where it lies in a run of several processes, see `inference.placement`."""
         from inference.parallel import load_target
 
-        return load_target(
-            self.folder(cache), precision=precision, device=self.torch_device(), attention=self.attention
-        )
+        folder, device = self.folder(cache), self.torch_device()
+        return load_target(folder, precision=precision, device=device, attention=self.attention, way=way)
+
+    def most_holders(self, cache: Path) -> int:
+        """Processes over which the target is spread in the arithmetic in which most hold a part of it; 1 for none."""
+        from inference.placement import holders
+
+        return max(holders(self.folder(cache), self.torch_device()).values())
 
 
 def target_digest(folder: Path) -> str:

@@ -32,6 +32,7 @@ from pipelines.files import (
     read_json,
     sha256_bytes,
     sha256_file,
+    side_by_side,
     write_json,
     writing,
 )
@@ -121,12 +122,14 @@ class Artifact:
         Raises:
             InputError: a file is missing, or is not the one that was written; the message names it.
         """
-        for name, expected in self.manifest["files"].items():
-            file = self.path / name
-            if not file.is_file():
-                raise InputError("a file of the artifact is missing", where=str(file), mend=_MEND)
-            if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
-                raise InputError("a file of the artifact was changed or damaged", where=str(file), mend=_MEND)
+        side_by_side(self._verify, list(self.manifest["files"]))
+
+    def _verify(self, name: str) -> None:
+        file, expected = self.path / name, self.manifest["files"][name]
+        if not file.is_file():
+            raise InputError("a file of the artifact is missing", where=str(file), mend=_MEND)
+        if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
+            raise InputError("a file of the artifact was changed or damaged", where=str(file), mend=_MEND)
 
 
 _MEND = "remove the artifact's folder and run again, which makes it anew"
@@ -295,9 +298,10 @@ def _drop(folder: Path, globs: set[str]) -> None:
 
 def _files(folder: Path, *, leave_out: set[str]) -> dict[str, dict[str, Any]]:
     """Digest and size of every file that belongs to the artifact, by relative path, sorted."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in names
-        if not _matches(name, leave_out) and not name.endswith(".aside")
-    }
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in found if not _matches(name, leave_out) and not name.endswith(".aside")]
+
+    def entry(name: str) -> dict[str, Any]:
+        return {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+
+    return dict(zip(names, side_by_side(entry, names), strict=True))

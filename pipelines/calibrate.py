@@ -1,8 +1,8 @@
 """Calibrate the chances a policy goes by, on validation prompts: fitted on half of them, judged on the other half.
 
-Decodes with whole blocks, so that every position gets verdicts. The fit that was judged is the one that is used, where
-it was judged better than the confidences as they are; if margins predict better than the draft's own confidence,
-chances come from them.
+Decodes with whole blocks, so that every position gets verdicts, and by captured rounds where the arm has them. The fit
+that was judged is the one that is used, where it was judged better than the confidences as they are; if margins predict
+better than the draft's own confidence, chances come from them.
 """
 
 import logging
@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inference.block_length import decode_validation
+from inference.block_length import record_validation
 from inference.calibration import CalibrationRound
-from inference.lookahead import Chances, RecordingLookahead
+from inference.lookahead import Chances
 from inference.reliability import CalibrationReport, fit_margin, report
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import Arm, ScorePrompt
@@ -41,7 +41,7 @@ def calibrate(
     """Chances of one draft; `calibration-<arm>.json`, `.md` and `.png` go into the folder.
 
     Args:
-        arm: its lookahead is not used.
+        arm: its lookahead is not used; captured, it decodes by captured rounds.
         prompts: validation prompts, at least two of a domain; every other one is for the fit.
         tokens: block that is proposed.
         settings: every prompt is decoded under each.
@@ -58,8 +58,15 @@ def calibrate(
         rounds: list[CalibrationRound] = []
         for prompt in half:
             for setting in settings:
-                recording = RecordingLookahead(tokens)
-                decode_validation(arm, prompt, recording, setting, max_new_tokens, stop_tokens, seed)
+                recording = record_validation(
+                    arm,
+                    prompt,
+                    tokens=tokens,
+                    settings=setting,
+                    max_new_tokens=max_new_tokens,
+                    stop_tokens=stop_tokens,
+                    seed=seed,
+                )
                 rounds += [_round(prompt.id, *seen) for seen in recording.rounds]
         halves.append(rounds)
     if not all(halves):
@@ -77,8 +84,9 @@ def calibrate(
     _write(arm.name, found, chances, folder)
     first = found.positions[0]
     logger.info(
-        "calibration %s: error of the first position %.3f, calibrated %.3f; AUC %.2f, of margins %.2f; goes by %s",
+        "calibration %s%s: error of the first position %.3f, calibrated %.3f; AUC %.2f, of margins %.2f; goes by %s",
         arm.name,
+        " by captured rounds" if arm.captured is not None else "",
         first.error_before.value,
         first.error_after.value,
         first.auc.value,

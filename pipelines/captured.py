@@ -13,7 +13,6 @@ from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, captured_decoder, longest_block
 from inference.graphed.decode import GraphedDecoder, follows
 from inference.graphed.timing import costs_of
-from inference.processes import num_processes
 from inference.scoring import Arm
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
@@ -74,7 +73,8 @@ def _obstacle(cfg: RunConfig) -> str:
     """Why nothing can be captured, whatever the target; empty where nothing is in the way."""
     if not all(follows(cfg.decode.settings(temperature)) for temperature in cfg.score.temperatures):
         return "decode.top_k, decode.top_p and decode.repetition_penalty are more than they follow"
-    return f"the target is spread over {num_processes()} processes" if num_processes() > 1 else ""
+    size = cfg.target.most_holders(cfg.paths.cache)
+    return f"the target is spread over {size} processes" if size > 1 else ""
 
 
 def _decoder(cfg: RunConfig, arm: Arm) -> GraphedDecoder:

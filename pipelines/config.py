@@ -112,6 +112,7 @@ class BudgetConfig:
 
 
 CORPUS_SHARING = ("auto", "data", "tensor")
+DECODING = ("auto", "one", "tensor")
 
 
 @dataclass
@@ -122,13 +123,17 @@ class ProcessesConfig:
         corpus: how they write it: `data` = each has a target of its own and writes its share of the shards; `tensor` =
             the target is spread over them, where it can be; `auto` = data, unless `target.spread_teacher` says that the
             target is too large for one device, or its weights would take more than 60 % of one.
+        decode: where the target lies in the other stages: `one` = whole on the first process, which decodes alone;
+            `tensor` = spread over them, where it can be; `auto` = one, unless it is too large as for `corpus`.
     """
 
     corpus: str = "auto"
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.corpus not in CORPUS_SHARING:
-            raise ValueError(f"processes.corpus is {self.corpus!r}; use one of {', '.join(CORPUS_SHARING)}")
+        for name, choices in (("corpus", CORPUS_SHARING), ("decode", DECODING)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"processes.{name} is {value!r}; use one of {', '.join(choices)}")
 
 
 @dataclass

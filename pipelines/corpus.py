@@ -8,6 +8,7 @@ writes it (`pipelines.corpus_shards`).
 import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from inference.answers import Answering
 from inference.batch.responses import Wanted
 from inference.errors import InputError
 from inference.model import CausalModel, load_tokenizer
+from inference.placement import TENSOR
 from inference.sampling_settings import SamplingSettings
 from inference.taps import check_taps
 from inference.target import config_shape, stop_tokens
@@ -135,6 +137,7 @@ class _LazyTarget:
 def _make(context: RunContext, work: Work) -> None:
     cfg, precision = context.cfg, context.plan.generation_precision
     group = sharing_group(cfg, context.target_folder, precision=precision)
+    way = TENSOR if cfg.corpus.needs_target() else ""  # of several processes that do not share out the shards
     shards = Shards(
         folder=work.folder,
         target_folder=context.target_folder,
@@ -144,7 +147,7 @@ def _make(context: RunContext, work: Work) -> None:
         seed=cfg.seed,
     )
     target = _LazyTarget(
-        lambda: shards.load(Company(group)) if group else cfg.target.load(cfg.paths.cache, precision=precision)
+        lambda: shards.load(Company(group)) if group else cfg.target.load(cfg.paths.cache, precision=precision, way=way)
     )
     tokenizer = load_tokenizer(context.target_folder)
     if not (work.folder / PROMPTS_FILE).is_file():
@@ -214,7 +217,8 @@ def _affordable_taps(
 
 
 def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokenizerBase) -> list[SplitPrompt]:
-    """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top.
+    """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top. Where a
+    domain has too few to train on, it is gone through again, for as many answers as `corpus.answers` allows.
 
     Raises:
         InputError: no prompt to train on or none to validate on is short enough.
@@ -224,18 +228,19 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokeni
     validation = max(len(prompts.by_domain("validation")), round(wanted * VALIDATION_SHARE))
     chosen: list[SplitPrompt] = []
     for split, count in (("train", wanted - validation), ("validation", validation)):
+        answers = context.cfg.corpus.answers if split == "train" else 1
         queues = [
-            sorted(group, key=lambda p: rank(p.id, seed=context.cfg.seed))
+            _again(sorted(group, key=lambda p: rank(p.id, seed=context.cfg.seed)), answers)
             for group in prompts.by_domain(split).values()
         ]
         kept = 0
         while kept < count and any(queues):
             for queue in queues:
                 while queue and not _fits(queue[0], tokenizer, room=room, answer=context.cfg.corpus.max_new_tokens):
-                    queue.pop(0)
+                    queue.popleft()
                     too_long += 1
                 if queue and kept < count:
-                    chosen.append(SplitPrompt(queue.pop(0), split))
+                    chosen.append(SplitPrompt(queue.popleft(), split))
                     kept += 1
     if too_long:
         logger.info("%d prompts left out as too long for %d tokens or the context", too_long, MAX_PROMPT_TOKENS)
@@ -248,6 +253,12 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokeni
                 mend="add prompts (each domain needs two or more), shorten them, or raise budget.responses",
             )
     return chosen
+
+
+def _again(prompts: list[Prompt], answers: int) -> deque[Prompt]:
+    """Prompts, and all of them again for every further answer, each time under ids of their own."""
+    further = [replace(p, id=f"{p.id}#{number}") for number in range(2, answers + 1) for p in prompts]
+    return deque([*prompts, *further])
 
 
 def _fits(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, room: int, answer: int) -> bool:

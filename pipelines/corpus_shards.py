@@ -8,16 +8,12 @@ processes, and the first one writes them all (`inference.parallel`).
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from distill.corpus import shard_written, write_shard
 from distill.features import write_features
@@ -27,8 +23,9 @@ from inference import parallel, processes
 from inference.errors import InputError
 from inference.loading import load_causal_model
 from inference.model import CausalModel, load_tokenizer
+from inference.placement import fits_one, undivided
 from inference.plugins import plugin
-from inference.precision import is_packed, storage_dtype
+from inference.precision import is_packed
 from inference.target import TargetConfig, stop_tokens
 from pipelines.company import Company
 from pipelines.config import RunConfig
@@ -38,8 +35,6 @@ from pipelines.progress import tracked
 logger = logging.getLogger(__name__)
 
 TASK = "corpus"
-_WEIGHTS_SHARE = 0.6
-"""Of a device's memory, for weights; the rest is for caches, states and features of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +110,7 @@ def sharing_group(cfg: RunConfig, target_folder: Path, *, precision: str) -> pro
     group, how = processes.current(), cfg.processes.corpus
     if group is None or not cfg.corpus.needs_target():
         return None
-    whole = "packed weights" if is_packed(precision) else parallel.undivided(target_folder, size=group.size)
+    whole = "packed weights" if is_packed(precision) else undivided(target_folder, size=group.size)
     if how == "tensor" and not whole:
         return None
     if how == "auto" and not whole and not _fits_each(cfg.target, target_folder, precision, group.size):
@@ -129,21 +124,7 @@ def _fits_each(target: TargetConfig, folder: Path, precision: str, size: int) ->
     """Whether every process can have the weights to itself, as far as settings and sizes tell."""
     if target.spread_teacher:
         return False
-    if target.torch_device().type == "cuda":
-        room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    else:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
-    return weight_bytes(folder, precision=precision) <= _WEIGHTS_SHARE * room
-
-
-def weight_bytes(folder: Path, *, precision: str) -> int:
-    """Bytes of a model folder's weights in an arithmetic, by their files' headers."""
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        weights: Any = safe_open(file, framework="pt")
-        count += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())
-    return count * storage_dtype(precision).itemsize
+    return fits_one(folder, precision=precision, device=target.torch_device(), size=size)[0]
 
 
 def write_missing(

@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inference.errors import InputError
 
@@ -30,6 +31,10 @@ MENDS = {
 }
 """What the user is told for each errno that is theirs to mend."""
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MOST_AT_ONCE = 8
 _ERRNO_IN_TEXT = re.compile(r"\((?:os error) (\d+)\)|\[Errno (\d+)\]")
 
 
@@ -191,6 +196,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """What some work on files gives, several of them at a time: hashing and reading let other threads run.
+
+    Returns:
+        One result an item, in their order. Of several items that raise, the first one's exception is raised.
+    """
+    threads = min(_MOST_AT_ONCE, os.cpu_count() or 1, len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, thread_name_prefix="files") as pool:
+        return list(pool.map(work, items))
+
+
 def content_digest(path: Path) -> str | None:
     """Hex SHA-256 of a file, or of the names and contents of all files below a folder; None when there is neither.
 
@@ -203,6 +221,8 @@ def content_digest(path: Path) -> str | None:
         if not path.is_dir():
             return None
         files = sorted(p for p in path.rglob("*") if p.is_file())
-        return sha256_bytes(canonical_json({p.relative_to(path).as_posix(): sha256_file(p) for p in files}))
+        digests = side_by_side(sha256_file, files)
+        names = [file.relative_to(path).as_posix() for file in files]
+        return sha256_bytes(canonical_json(dict(zip(names, digests, strict=True))))
     except OSError as error:
         raise InputError(f"cannot read it ({error.strerror})", where=str(path), mend="check the path") from error

@@ -92,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="dspark launch",
         description="Run any dspark command on several processes, by torchrun.",
         epilog="Everything else goes to dspark. Training takes all processes with trainer=deepspeed; the shards of the "
-        "corpus are shared out among them; other stages spread the target over them (tensor parallel). All nodes must "
-        "see the same artifacts folder.",
+        "corpus are shared out among them; other stages spread the target over them (tensor parallel) if it does not "
+        "fit one device, and otherwise run on the first alone (processes.decode). All nodes must see the same "
+        "artifacts folder.",
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=0, help="processes on this node (default: one a GPU)")

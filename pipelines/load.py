@@ -1,4 +1,5 @@
-"""The load benchmark: the batch engine under closed loops and Poisson arrivals, for one draft, on held-out prompts.
+"""The load benchmark: many requests under closed loops and Poisson arrivals, for one draft, on held-out prompts, in the
+batch engine or by captured rounds.
 
 Target-only decoding, every fixed length and the scheduler run on the same requests of a block, in shuffled order, and
 every load gets one block before any gets its second, so that a machine that is slower for a while is slower for all.
@@ -32,15 +33,17 @@ from inference.errors import InputError
 from inference.scoring import explain_mismatch, request_seed
 from inference.statistics import BASELINE
 from pipelines.artifacts import Artifact, Spec, Work
+from pipelines.build import DRAFT_FOLDER
 from pipelines.composition import nearest
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.errors import StageFailed
 from pipelines.files import write_text
 from pipelines.load_bench import Bench, load_policy
+from pipelines.load_captured import captures
 from pipelines.load_report import claim_lines, load_markdown, load_plot, point_name
 from pipelines.progress import tracked
-from pipelines.stage_config import LoadConfig
+from pipelines.stage_config import CAPTURED_OFF, LoadConfig
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +78,25 @@ def check_load_draft(cfg: RunConfig) -> None:
 
 
 def load_spec(context: RunContext, corpus: Artifact, name: str, draft: Artifact) -> Spec:
-    """What a load is made from; the device is part of it, since speed is."""
+    """What a load is made from; the device is part of it, since speed is, and whether it goes by captured rounds, which
+    only a target without them can still change.
+
+    Raises:
+        InputError: with `load.captured=on`, a draft that cannot.
+    """
     cfg, plan = context.cfg, context.plan
+    captured = captures(cfg, name, draft.path / DRAFT_FOLDER)
+    asked = cfg.load.captured if captured else CAPTURED_OFF
     return Spec(
         "load",
         config={
-            "load": dataclasses.replace(cfg.load, draft=name),
+            "load": dataclasses.replace(cfg.load, draft=name, captured=asked),
             "decode": dataclasses.replace(cfg.decode, max_new_tokens=cfg.load.max_new_tokens),
             "lookahead": load_policy(cfg),
             "validation_prompts": cfg.score.validation_prompts,
             "calibration_prompts": cfg.score.calibration_prompts,
             "device": plan.device,
+            "captured": captured,
             "precision": {"fixed": cfg.target.precision, "block": plan.block_precision},
         },
         inputs={"target": context.target_digest, "corpus": corpus.digest, "draft": draft.digest},
@@ -237,6 +248,7 @@ def _write_results(work: Work, bench: Bench, figures: list[LoadFigure]) -> None:
         "seed": bench.cfg.seed,
         "draft": bench.name,
         "device": bench.context.plan.device,
+        "captured": bench.captured,
         "measured": {name: bench.measured(name).to_json() for name in dict.fromkeys(drafting.values())},
         "costs": {name: costs.to_json() for name, costs in bench.costs.items()},
         "foretold": {str(c): {"tokens": tokens, "over_none": gain} for c, (tokens, gain) in hoped.items()},
@@ -246,7 +258,8 @@ def _write_results(work: Work, bench: Bench, figures: list[LoadFigure]) -> None:
     write_text(work.folder / LOAD_FILE, json.dumps(data, indent=1) + "\n")
     for line in claim_lines(figures, found):
         logger.info("%s", line)
-    write_text(work.folder / LOAD_TABLE_FILE, load_markdown(figures, found, hoped, bench.costs, draft=bench.name))
+    page = load_markdown(figures, found, hoped, bench.costs, draft=bench.name, captured=bench.captured)
+    write_text(work.folder / LOAD_TABLE_FILE, page)
     load_plot(figures, work.folder / LOAD_PLOT_FILE)
     mine = [f for f in figures if f.arm == SCHEDULED and f.point.kind == CLOSED]
     work.metrics["over_none"] = sum(f.over_none.value for f in mine) / len(mine)

@@ -36,6 +36,7 @@ from inference.costs import interpolated
 from inference.device_profile import WIDTHS
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.none import NoDrafter
+from inference.graphed.engine import GraphedEngine
 from inference.lookahead import BlockConfig, Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookahead.scheduled import Config as ScheduledConfig
@@ -51,6 +52,7 @@ from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
 from pipelines.files import read_json, write_json
+from pipelines.load_captured import captured_load
 from pipelines.plan import MEAN_PROMPT_TOKENS
 from pipelines.score import score_prompts
 from pipelines.score_plan import by_domain, round_robin
@@ -76,7 +78,8 @@ class Bench:
     Attributes:
         cfg: of the run.
         name: of the draft.
-        costs: of rounds by number of requests, in every arithmetic that the scheduler has.
+        costs: of rounds by number of requests, in every arithmetic that the scheduler has; see `CapturedLoad.costs` for
+            those of captured rounds.
     """
 
     def __init__(self, context: RunContext, corpus: Artifact, name: str, draft: Artifact, folder: Path) -> None:
@@ -89,8 +92,23 @@ class Bench:
         self._heldout = round_robin(by_domain(prompts["heldout"], self.cfg.seed), len(prompts["heldout"]))
         policy = load_policy(self.cfg)
         self.longest = policy.tokens or policy.longest_auto
+        self._rounds = captured_load(
+            self.cfg,
+            name,
+            longest=self.longest,
+            precision=self.precision,
+            target=self.target,
+            drafter=lambda target: self._maker(name, target)(),
+        )
+        if self._rounds is not None:
+            self._rounds.measure(folder)
         self._choice, self._chances = self._planned(prompts["validation"], folder)
-        self.costs = self._measured_costs(folder)
+        self.costs = self._measured_costs(folder) if self._rounds is None else self._rounds.costs()
+
+    @property
+    def captured(self) -> bool:
+        """Whether all arms but `generate` go by captured rounds."""
+        return self._rounds is not None
 
     def target(self, precision: str) -> CausalModel:
         """The target in one arithmetic."""
@@ -116,7 +134,8 @@ class Bench:
 
     def measured(self, precision: str) -> Measured:
         """What the scheduler starts from."""
-        return self._choice.measured(self.context.plan.profile.passes[precision], self._chances)
+        passes = self.context.plan.profile.passes[precision] if self._rounds is None else self._rounds.passes(precision)
+        return self._choice.measured(passes, self._chances)
 
     def asked(self, point: Point, block: int) -> list[Asked]:
         """The requests of a block: prompts in a seeded order, domains in turn; blocks follow each other in it."""
@@ -132,14 +151,7 @@ class Bench:
         asked = self.asked(point, block)
         if arm == GENERATE:
             return plain_generate(target, asked)
-        lookahead = self._lookahead(arm, target)
-        engine = BatchEngine(
-            target,
-            self._maker(arm, target),
-            lookahead,
-            max_requests=point.concurrency,
-            costs=self.costs.get(target.precision) if arm == SCHEDULED else None,
-        )
+        engine = self._engine(arm, point)
         if point.kind == CLOSED:
             return closed_loop(engine, asked, concurrency=point.concurrency)
         if point.kind == BATCH:
@@ -147,14 +159,30 @@ class Bench:
         seed = request_seed(self.cfg.seed, "arrivals", block)
         return timed_load(engine, asked, poisson_arrivals(len(asked), rate=rate, seed=seed))
 
+    def _engine(self, arm: str, point: Point) -> BatchEngine | GraphedEngine:
+        """A new one, for an arm at a load."""
+        if self._rounds is not None:
+            return self._rounds.engine(arm, point, conditional=self.conditional)
+        target = self.target(self.precision(arm, point))
+        return BatchEngine(
+            target,
+            self._maker(arm, target),
+            self._lookahead(arm, target),
+            max_requests=point.concurrency,
+            costs=self.costs.get(target.precision) if arm == SCHEDULED else None,
+        )
+
     def warm_up(self) -> None:
-        """Let every arm decode a little in every arithmetic it will have, so that nothing is measured cold."""
+        """Let every arm decode a little in every arithmetic it will have, so that nothing is measured cold; what goes
+        by captured rounds is captured."""
         load = self.cfg.load
+        if self._rounds is not None:
+            self._rounds.prepare(longest_prompt=max(prompt.tokens.shape[0] for prompt in self._heldout))
         seen = set()
         for point in load.points():
             for arm in load.arms(point):
                 precision = self.precision(arm, point)
-                if (arm, precision) in seen:
+                if (arm, precision) in seen or (self._rounds is not None and arm != GENERATE):
                     continue
                 seen.add((arm, precision))
                 target = self.target(precision)
@@ -246,10 +274,25 @@ class Bench:
         if path.is_file():
             data = read_json(path)
             return BlockChoice(**data["choice"]), Chances.from_json(data["chances"], where=str(path))
+        groups = by_domain(validation, self.cfg.seed)
+        if self._rounds is None:
+            choice, chances = self._decoded(groups, folder)
+        else:
+            # Its scheduler goes by what is accepted, not by confidences.
+            chances = Chances()
+            choice = self._rounds.chosen(
+                round_robin(groups, self.cfg.score.validation_prompts),
+                max_new_tokens=min(_BLOCK_TOKENS, self.cfg.load.max_new_tokens),
+                stop_tokens=self.stops,
+            )
+        write_json(path, {"choice": asdict(choice), "chances": chances.to_json()})
+        return choice, chances
+
+    def _decoded(self, groups: list[list[ScorePrompt]], folder: Path) -> tuple[BlockChoice, Chances]:
+        """Validation prompts decoded kernel by kernel, by domain."""
         cfg, plan = self.cfg, self.context.plan
         target = self.target(plan.block_precision)
         arm = Arm(self.name, target, self._maker(self.name, target)(), FixedLookahead(0))
-        groups = by_domain(validation, cfg.seed)
         settings = [cfg.decode.settings(t) for t in cfg.load.temperatures]
         choice = choose_block(
             arm,
@@ -271,5 +314,4 @@ class Bench:
             seed=cfg.seed,
             folder=folder,
         )
-        write_json(path, {"choice": asdict(choice), "chances": chances.to_json()})
         return choice, chances

@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 
 _COLOURS = ("black", "tab:cyan", "tab:olive", "tab:pink", "tab:purple", "tab:brown", "tab:gray", "tab:green")
 
+_WORK = "the target's passes nor into drafting"
+_CAPTURED_WORK = "captured rounds nor into reading prompts, by the device's clock"
+_COSTS = (
+    "a pass by tokens a request (lower quartile, and how far above it the median lies), fitted so that more tokens "
+    "never cost less; drafting for all requests."
+)
+_CAPTURED_COSTS = "replays of captured rounds of the draft, whole, by places and tokens proposed (lower quartile)."
+_CAPTURED = (
+    "All but `generate` went by captured rounds, target-only decoding as well; a request that ends is found out, and "
+    "replaced, a round later. All requests of a round propose equally many tokens there: `scheduled` takes the number "
+    "with the most expected tokens a second, by the replays below and what was accepted so far.\n\n"
+)
+
 
 def point_name(point: Point) -> str:
     """A load in words."""
@@ -31,6 +44,7 @@ def load_markdown(
     costs: Mapping[str, LoadCosts],
     *,
     draft: str,
+    captured: bool = False,
 ) -> str:
     """The whole page: what the policy is worth, closed loops, arrivals, and the engine beside `generate`.
 
@@ -40,12 +54,14 @@ def load_markdown(
         hoped: by concurrency, the fixed length that the measured parts make best, and its ratio to target-only.
         costs: what the scheduler went by, by arithmetic.
         draft: its name.
+        captured: whether all arms but `generate` went by captured rounds.
     """
     closed, arrivals, batches = (_of(figures, kind) for kind in (CLOSED, POISSON, BATCH))
     text = [
         f"# {draft} under load\n\n",
         "Intervals are 95 % bootstraps over blocks of requests; in a block all arms had the same requests, in shuffled "
         "order. The best fixed length is the one that came out best over all blocks of a load, which favours it.\n\n",
+        _CAPTURED if captured else "",
         "".join(f"- {line}\n" for line in claim_lines(figures, found)),
         "\n## Closed loops\n\nEach request that ends is replaced at once. Throughput counts while every place is "
         "taken; milliseconds between tokens are median / 95th percentile, and a round that emits three tokens gives "
@@ -66,24 +82,29 @@ def load_markdown(
     if batches:
         text += [
             "\n## Beside transformers' generate\n\nAll requests at once, target-only and greedy, on one loaded model: "
-            "padded on the left with transformers' own attention, and in the batch engine.\n\n",
-            _batches(batches),
+            "padded on the left with transformers' own attention, and "
+            f"{'by captured rounds' if captured else 'in the batch engine'}.\n\n",
+            _batches(batches, captured=captured),
         ]
     text += [
-        "\n## Outside tensor work\n\nMilliseconds of a round, and what of it went neither into the target's passes nor "
-        "into drafting; the latter also for each request.\n\n",
+        "\n## Outside tensor work\n\nMilliseconds of a round, and what of it went neither into "
+        f"{_CAPTURED_WORK if captured else _WORK}; the latter also for each request.\n\n",
         _outside([*closed, *batches]),
-        "\n## What a round costs\n\nMeasured once before, in milliseconds: a pass by tokens a request (lower quartile, "
-        "and how far above it the median lies), fitted so that more tokens never cost less; drafting for all "
-        "requests.\n",
+        "\n## What a round costs\n\nMeasured once before, in milliseconds: "
+        f"{_CAPTURED_COSTS if captured else _COSTS}\n",
     ]
-    text += [f"\n{name}\n\n{markdown_table(*_header_and_rows(cost))}" for name, cost in costs.items()]
+    tables = {name: _rounds(cost) if captured else cost.table() for name, cost in costs.items()}
+    text += [f"\n{name}\n\n{markdown_table(header, rows)}" for name, (header, *rows) in tables.items()]
     return "".join(text)
 
 
-def _header_and_rows(costs: LoadCosts) -> tuple[list[str], list[list[str]]]:
-    header, *rows = costs.table()
-    return header, rows
+def _rounds(costs: LoadCosts) -> list[list[str]]:
+    """Captured rounds, by places and tokens proposed: a header, then milliseconds."""
+    first = next(iter(costs.passes.values()))
+    rows = [
+        [str(places), *(f"{1e3 * seconds:.2f}" for seconds in row.values())] for places, row in costs.passes.items()
+    ]
+    return [["places", "none proposed", *(str(length) for length in range(1, len(first)))], *rows]
 
 
 def _of(figures: Sequence[LoadFigure], kind: str) -> list[LoadFigure]:
@@ -179,10 +200,10 @@ def _arrivals(figures: Sequence[LoadFigure]) -> str:
     return markdown_table(header, rows)
 
 
-def _batches(figures: Sequence[LoadFigure]) -> str:
+def _batches(figures: Sequence[LoadFigure], *, captured: bool) -> str:
     header = ["requests", "arm", "precision", "blocks", "tokens/s", "over generate", "mismatches"]
     beside = {f.point.concurrency: f for f in figures if f.arm == GENERATE}
-    names = {BASELINE: "batch engine", GENERATE: "transformers' generate"}
+    names = {BASELINE: "captured rounds" if captured else "batch engine", GENERATE: "transformers' generate"}
     rows = [
         [
             str(f.point.concurrency),

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
+from inference.lookahead.fixed import Config as FixedConfig
 from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, read_pair
 from inference.statistics import BASELINE, Scorecard
 from pipelines import provenance
 from pipelines.artifacts import MANIFEST, Artifact
 from pipelines.build import DRAFT_FOLDER, HISTORY_FILE
+from pipelines.captured import FIXED
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
 from pipelines.drift.fingerprints import fingerprints
@@ -186,13 +188,15 @@ def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[C
     """Scored requests to repeat: the winner's first ones, one per domain before a second of any.
 
     Under a policy that learns, block lengths depend on earlier requests, and with them the draws of a sampled answer;
-    then only greedy ones can repeat.
+    then only greedy ones can repeat. Captured rounds follow no policy.
     """
     cfg = context.cfg
+    captured = _captured_rounds(read_json(lineage.score.path / SCORECARD_FILE), decision.winner)
+    learns = cfg.lookahead.learns and captured is None
     records = [
         r
         for r in read_records(lineage.score.path / RECORDS_FILE)
-        if r.arm == decision.winner and not (r.temperature and cfg.lookahead.learns)
+        if r.arm == decision.winner and not (r.temperature and learns)
     ]
     chosen = list(dict.fromkeys(r.prompt_id for r in records))[: cfg.publish.check_prompts]
     prompts = {row.prompt.id: row.prompt for row in read_prompts(lineage.corpus.path)}
@@ -210,6 +214,7 @@ def _checks(context: RunContext, decision: Decision, lineage: Lineage) -> list[C
             repetition_penalty=cfg.decode.repetition_penalty,
             digest=r.digest,
             passes=r.passes,
+            captured_positions=0 if captured is None else captured["positions"],
         )
         for r in records
         if r.prompt_id in chosen
@@ -254,6 +259,32 @@ def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]
     return found
 
 
+def _captured_rounds(scorecard: dict[str, Any], name: str) -> dict[str, int] | None:
+    """Tokens and positions of the captured rounds an arm was measured by; None for the ordinary decoder, and of scores
+    that are older than this."""
+    found: dict[str, int] | None = scorecard.get("captured_rounds", {}).get(name)
+    return found
+
+
+def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings of the policy an arm was measured with: the configured one, but of captured rounds a fixed block."""
+    own, captured = context.cfg.lookahead, _captured_rounds(scorecard, name)
+    block = scorecard["blocks"].get(name, {"tokens": 0, "siblings": []})
+    if captured is None:
+        return {**plain(asdict(own)), **block}
+    tokens = captured["tokens"]
+    if tokens and own.kind != FIXED:
+        logger.info(
+            "publish: %s was measured by captured rounds, so the pair names a fixed block of %d tokens and not "
+            "lookahead=%s; chances and costs for that are kept with it (docs/gpu.md)",
+            name,
+            tokens,
+            own.kind,
+        )
+    fixed = FixedConfig(longest_auto=own.longest_auto, siblings_auto=own.siblings_auto)
+    return {**plain(asdict(fixed)), "tokens": tokens}
+
+
 def _pair_info(
     context: RunContext, decision: Decision, lineage: Lineage, cards: list[Scorecard], version: str, folder: Path
 ) -> dict[str, Any]:
@@ -262,8 +293,6 @@ def _pair_info(
     data = read_json(lineage.score.path / SCORECARD_FILE)
     winner, draft = decision.winner, folder / "draft"
     target_path = cfg.target.path if not Path(cfg.target.path).is_dir() else str(Path(cfg.target.path).resolve())
-    block = data["blocks"].get(winner, {"tokens": 0, "siblings": []})
-    lookahead = {**plain(asdict(cfg.lookahead)), **block}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": cfg.publish.name,
@@ -283,7 +312,7 @@ def _pair_info(
         },
         "decoding": {
             "precision": plan.baseline_precision if winner == BASELINE else plan.block_precision,
-            "lookahead": lookahead,
+            "lookahead": _lookahead(context, data, winner),
             "measured": data["measured"].get(winner),
         },
         "decision": asdict(decision),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from inference.errors import InputError
+from inference.placement import placing
 from inference.statistics import BASELINE, find_card
 from inference.target import target_digest
 from pipelines.artifacts import Artifact, Spec
@@ -52,6 +53,11 @@ def run(cfg: RunConfig, stage: str) -> float:
         RegistryBusy: another run holds the registry.
         ChampionKept: a re-alignment ran and did not promote.
     """
+    with placing(cfg.processes.decode, large=cfg.target.spread_teacher):
+        return _run(cfg, stage)
+
+
+def _run(cfg: RunConfig, stage: str) -> float:
     if stage == "plan":
         return run_planning(cfg)
     if stage in _ON_PAIRS:

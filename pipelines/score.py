@@ -324,6 +324,11 @@ def write_results(
         "blocks": {n: {"tokens": c.tokens, "siblings": c.siblings} for n, c in plan.blocks.items()},
         "policies": plan.policies,
         "captured": sorted(plan.captured),
+        "captured_rounds": {
+            name: {"tokens": arm.captured.rounds.block, "positions": arm.captured.rounds.capacity}
+            for name, arm in arms.items()
+            if arm.captured is not None
+        },
         "measured": {name: known.to_json() for name, known in plan.measured(context).items()},
         "draft_parts": parts,
         "prescore": None if ranking is None else ranking.to_json(),

@@ -17,6 +17,14 @@ ALL = "all"
 CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF = "auto", "on", "off"
 
 
+def _check_captured(stage: str, asked: str) -> None:
+    if asked not in (CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF):
+        raise ValueError(
+            f"{stage}.captured is {asked!r}; choose one of {CAPTURED_AUTO}, {CAPTURED_ON}, {CAPTURED_OFF}, in quotes "
+            "in a YAML file"
+        )
+
+
 @dataclass(kw_only=True)
 class ScoreConfig:
     """What is measured.
@@ -65,11 +73,7 @@ class ScoreConfig:
             )
         if self.prescore_prompts < 1:
             raise ValueError(f"score.prescore_prompts is {self.prescore_prompts}; use at least 1")
-        if self.captured not in (CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF):
-            raise ValueError(
-                f"score.captured is {self.captured!r}; choose one of {CAPTURED_AUTO}, {CAPTURED_ON}, {CAPTURED_OFF}, "
-                "in quotes in a YAML file"
-            )
+        _check_captured("score", self.captured)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +117,10 @@ class LoadConfig:
             requests; empty for none.
         minutes: how long it may take; a number of blocks follows from it once every load has had its first.
         blocks: of each load; 0 for as many as the minutes allow, two at least.
+        captured: all arms but `generate` by captured rounds (docs/gpu.md): `auto` on a CUDA device, where target and
+            draft can be captured; `on` anywhere, on a CPU the same rounds uncaptured, and what cannot is refused; `off`
+            nowhere. They follow temperatures alone, and the scheduler then proposes equally many tokens for all
+            requests of a round.
     """
 
     draft: str = ""
@@ -127,6 +135,7 @@ class LoadConfig:
     generate: list[int] = field(default_factory=lambda: [8, 32])
     minutes: float = 60.0
     blocks: int = 0
+    captured: str = CAPTURED_AUTO
 
     def __post_init__(self) -> None:
         if not self.concurrencies or min([*self.concurrencies, *self.generate]) < 1:
@@ -142,6 +151,7 @@ class LoadConfig:
             raise ValueError(f"load.{wrong[0]} is {getattr(self, wrong[0])}; use at least 1")
         if not self.minutes > 0 or self.blocks < 0:
             raise ValueError("load needs minutes above 0 and blocks of at least 0")
+        _check_captured("load", self.captured)
 
     def points(self) -> "list[Point]":
         """The loads, in the order in which they run: arrivals last, since their rate comes from the closed loops."""

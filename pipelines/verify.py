@@ -8,12 +8,15 @@ scorecard says:
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.errors import InputError
+from inference.graphed.arms import decoder_of_capacity
+from inference.graphed.decode import GraphedDecoder
 from inference.pair import Pair, load_pair
 from inference.pair_files import DEFAULT_CACHE, read_pair
 from inference.randomness import TorchSource
@@ -45,6 +48,8 @@ class Check:
         repetition_penalty: likewise.
         digest: of the emitted tokens.
         passes: target passes it took; 0 where that is not known.
+        captured_positions: of the buffers of the captured rounds that decoded it; 0 for the ordinary decoder. The two
+            follow one law and draw by other numbers.
     """
 
     prompt_id: str
@@ -59,10 +64,13 @@ class Check:
     repetition_penalty: float
     digest: str
     passes: int = 0
+    captured_positions: int = 0
 
 
-def repeat(pair: Pair, check: Check, *, drafter: Drafter | None = None) -> Decoded:
-    """Decode a request again as the score did; with another drafter where one is given."""
+def repeat(
+    pair: Pair, check: Check, *, drafter: Drafter | None = None, captured: GraphedDecoder | None = None
+) -> Decoded:
+    """Decode a request again: with another drafter where one is given, by captured rounds where those are."""
     system = [] if check.system is None else [{"role": "system", "content": check.system}]
     prompt = pair.prompt_tokens([*system, {"role": "user", "content": check.user}])
     settings = SamplingSettings(
@@ -72,20 +80,31 @@ def repeat(pair: Pair, check: Check, *, drafter: Drafter | None = None) -> Decod
         repetition_penalty=check.repetition_penalty,
     )
     seed = request_seed(check.seed, check.prompt_id, check.temperature, check.arm)
+    request = Request(settings=settings, max_new_tokens=check.max_new_tokens, stop_tokens=stop_tokens(pair.target))
+    if captured is not None:
+        return captured.decode(prompt, request=request, seed=seed)
     return decode(
         pair.target,
         drafter or pair.drafter,
         prompt,
-        request=Request(settings=settings, max_new_tokens=check.max_new_tokens, stop_tokens=stop_tokens(pair.target)),
+        request=request,
         lookahead=pair.lookahead,
         generator=TorchSource.seeded(seed, device=pair.target.device),
     )
 
 
-def faithful(pair: Pair, check: Check, *, drafter: Drafter | None = None) -> bool:
-    """Whether a request gives the scored tokens in as many target passes as the score took."""
-    decoded = repeat(pair, check, drafter=drafter)
-    return tokens_digest(decoded.tokens) == check.digest and check.passes in (0, decoded.passes)
+def faithful(pair: Pair, checks: Sequence[Check], *, drafter: Drafter | None = None) -> Iterator[tuple[Check, bool]]:
+    """Each request, and whether it gives the scored tokens in as many target passes as the score took; decoded as the
+    score did, by captured rounds of the same shapes where it had them."""
+    decoders: dict[int, GraphedDecoder] = {}
+    for check in checks:
+        positions = check.captured_positions
+        if positions and positions not in decoders:
+            decoders[positions] = decoder_of_capacity(
+                pair.target, drafter or pair.drafter, block=pair.lookahead.longest, capacity=positions
+            )
+        decoded = repeat(pair, check, drafter=drafter, captured=decoders.get(positions))
+        yield check, tokens_digest(decoded.tokens) == check.digest and check.passes in (0, decoded.passes)
 
 
 def read_checks(folder: Path) -> list[Check]:
@@ -114,15 +133,17 @@ def verify_loaded(folder: Path, pair: Pair) -> int:
         InputError: as `verify`.
     """
     checks = read_checks(folder)
-    for check in checks:
-        if not faithful(pair, check):
+    for check, went in faithful(pair, checks):
+        if not went:
             raise InputError(
                 f"{check.prompt_id} at temperature {check.temperature:g} gave other tokens or passes than its score",
                 where=str(folder),
                 mend="same machine, versions and thread count as in cost_profile? then build the pair again",
             )
     check_exports(
-        folder, pair, lambda drafter: ((check.prompt_id, faithful(pair, check, drafter=drafter)) for check in checks)
+        folder,
+        pair,
+        lambda drafter: ((check.prompt_id, went) for check, went in faithful(pair, checks, drafter=drafter)),
     )
     return len(checks)
 

@@ -7,6 +7,7 @@ run, by the clock that is passed in.
 import json
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 
 from inference.batch.engine import BatchEngine, Handle, Outcome
 from inference.batch.timing import Clock, PassTimer, clocked, timed_passes
+from inference.graphed.engine import GraphedEngine, GraphedHandle
 from inference.randomness import TorchSource
 from inference.records import Mismatch, tokens_digest
 from inference.request import Request
@@ -51,7 +53,7 @@ class Served:
         prompt_id: of the prompt.
         domain: of the prompt.
         temperature: it was decoded at.
-        arrival: when it came; in a closed loop, when a place for it was free.
+        arrival: when it came; in a closed loop, when a place for it was free; by captured rounds, its start there.
         start: when the round that let it in began, its prefill included.
         end: when its last token was there.
         emissions: after every round of it, the moment and the number of tokens.
@@ -109,8 +111,9 @@ class Trace:
             start, so that prefills count and the drain at the end does not; else all of them.
         elapsed: seconds until the last request had ended.
         rounds: steps of the engine.
-        pass_seconds: inside the target's passes, those of prefills included.
-        draft_seconds: of drafting; next to nothing where nothing drafts.
+        pass_seconds: inside the target's passes, those of prefills included; of captured rounds all that the device did
+            for rounds and prompts, drafting included.
+        draft_seconds: of drafting; next to nothing where nothing drafts, and 0 of captured rounds.
         served: in the order of the list.
     """
 
@@ -190,12 +193,13 @@ class LoadRun:
 
 
 def closed_loop(
-    engine: BatchEngine, asked: Sequence[Asked], *, concurrency: int, clock: Clock = time.perf_counter
+    engine: BatchEngine | GraphedEngine, asked: Sequence[Asked], *, concurrency: int, clock: Clock = time.perf_counter
 ) -> tuple[Trace, list[list[int]]]:
     """Keep a number of requests running: each that ends is replaced by the next of the list, until all have ended.
 
     Args:
-        engine: idle, with as many places at least.
+        engine: idle, with as many places at least; of captured rounds just as many, since it lets those that wait in by
+            itself as soon as a place is free.
         asked: the list.
         concurrency: requests that are kept running.
         clock: seconds.
@@ -204,18 +208,19 @@ def closed_loop(
         What happened, and the tokens of every request, in the order of the list.
 
     Raises:
-        ValueError: fewer requests than are to run at once, or fewer places in the engine.
+        ValueError: fewer requests than are to run at once, or another number of places than the engine needs.
     """
     if not 1 <= concurrency <= min(len(asked), engine.max_requests):
         raise ValueError(
             f"{len(asked)} requests and {engine.max_requests} places cannot keep {concurrency} requests running"
         )
-    with _Driver.watching(engine, clock) as driver:
-        waiting = deque(asked)
+    if isinstance(engine, GraphedEngine) and concurrency != engine.max_requests:
+        raise ValueError(f"captured rounds of {engine.max_requests} places keep as many requests, not {concurrency}")
+    with _watching(engine, asked, clock) as driver:
         window: float | None = None
-        while waiting or not engine.idle:
-            while waiting and driver.num_open < concurrency:
-                driver.submit(waiting.popleft(), arrival=driver.now())
+        while driver.num_waiting or not engine.idle:
+            while driver.num_waiting and (driver.lets_in or driver.num_open < concurrency):
+                driver.submit_next(arrival=None if driver.lets_in else driver.now())
             if window is None and driver.num_open < concurrency:
                 window = driver.now()
             driver.step()
@@ -225,7 +230,7 @@ def closed_loop(
 
 
 def timed_load(
-    engine: BatchEngine,
+    engine: BatchEngine | GraphedEngine,
     asked: Sequence[Asked],
     arrivals: Sequence[float],
     *,
@@ -246,14 +251,14 @@ def timed_load(
     Returns:
         What happened, and the tokens of every request, in the order of the list.
     """
-    with _Driver.watching(engine, clock) as driver:
-        waiting = deque(zip(arrivals, asked, strict=True))
-        while waiting or not engine.idle:
-            while waiting and waiting[0][0] <= driver.now():
-                arrival, one = waiting.popleft()
-                driver.submit(one, arrival=arrival)
+    with _watching(engine, asked, clock) as driver:
+        coming = deque(arrivals)
+        assert len(coming) == driver.num_waiting, "each request arrives once"
+        while coming or not engine.idle:
+            while coming and coming[0] <= driver.now():
+                driver.submit_next(arrival=coming.popleft())
             if engine.idle:
-                sleep(max(0.0, waiting[0][0] - driver.now()))
+                sleep(max(0.0, coming[0] - driver.now()))
             else:
                 driver.step()
         return driver.trace(driver.now()), driver.answers()
@@ -276,73 +281,82 @@ def poisson_arrivals(count: int, *, rate: float, seed: int) -> list[float]:
 
 @dataclass
 class _Watched:
-    """A request that was submitted."""
+    """A request that was submitted. Where it came with its place, its arrival is known when it starts."""
 
     asked: Asked
-    handle: Handle
-    arrival: float
+    handle: Handle | GraphedHandle
+    arrival: float | None
     start: float | None
     emissions: list[tuple[float, int]]
 
+    @property
+    def started(self) -> bool:
+        """Whether it was let in."""
+        handle = self.handle
+        return handle.outcome is not Outcome.WAITING if isinstance(handle, Handle) else handle.started
 
-class _Driver:
-    """Submits, steps and takes the times."""
 
-    def __init__(self, engine: BatchEngine, clock: Clock, timer: PassTimer) -> None:
-        self.engine, self._clock, self._timer = engine, clocked(engine.target.device, clock), timer
+class _Driver(ABC):
+    """Submits the requests of a list in its order, steps and takes the times.
+
+    Attributes:
+        lets_in: whether the engine itself fills a place that comes free with one that waits, before anyone else could.
+    """
+
+    lets_in = False
+
+    def __init__(self, asked: Sequence[Asked], clock: Clock) -> None:
+        self._coming = deque(enumerate(asked))
         self._watched: list[_Watched] = []
         self._open: list[_Watched] = []
-        self._rounds = 0
-        self._drafted = engine.seconds["draft"]
-        self._began = self._clock()
+        self._clock = clock
+        self._began = clock()
 
-    @classmethod
-    @contextmanager
-    def watching(cls, engine: BatchEngine, clock: Clock) -> Iterator["_Driver"]:
-        """A driver whose clock starts now."""
-        assert engine.idle, "an engine under load serves no one else"
-        with timed_passes(engine.target, clock=clock) as timer:
-            yield cls(engine, clock, timer)
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were not yet submitted."""
+        return len(self._coming)
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended."""
+        """Requests that were submitted and have not ended."""
         return len(self._open)
 
     def now(self) -> float:
         """Seconds since the start."""
         return self._clock() - self._began
 
-    def submit(self, asked: Asked, *, arrival: float) -> None:
-        """Hand a request to the engine."""
+    def submit_next(self, *, arrival: float | None) -> None:
+        """Hand the next request to the engine.
+
+        Args:
+            arrival: when it came; None for when it starts.
+        """
         emissions: list[tuple[float, int]] = []
-        handle = self.engine.submit(
-            asked.prompt,
-            asked.request,
-            generator=TorchSource.seeded(asked.seed, device=asked.prompt.device),
-            on_tokens=lambda tokens: emissions.append((self.now(), len(tokens))),
-        )
+        index, asked = self._coming.popleft()
+        handle = self._submit(index, asked, lambda tokens: emissions.append((self.now(), len(tokens))))
         self._watched.append(_Watched(asked, handle, arrival, None, emissions))
         self._open.append(self._watched[-1])
 
     def step(self) -> None:
         """One round."""
         began = self.now()
-        self.engine.step()
-        self._rounds += 1
+        self._step()
         for one in self._open:
-            if one.start is None and one.handle.outcome is not Outcome.WAITING:
+            if one.start is None and one.started:
                 one.start = began
         self._open = [one for one in self._open if not one.handle.ended]
 
     def trace(self, window: float) -> Trace:
         """All that was seen."""
+        elapsed = self.now()
+        rounds, passes, drafting = self._spent()
         return Trace(
             window=_rounded(window),
-            elapsed=_rounded(self.now()),
-            rounds=self._rounds,
-            pass_seconds=_rounded(self._timer.seconds),
-            draft_seconds=_rounded(self.engine.seconds["draft"] - self._drafted),
+            elapsed=_rounded(elapsed),
+            rounds=rounds,
+            pass_seconds=_rounded(passes),
+            draft_seconds=_rounded(drafting),
             served=[_served(one) for one in self._watched],
         )
 
@@ -350,15 +364,84 @@ class _Driver:
         """Tokens of every request."""
         return [one.handle.result.tokens for one in self._watched]
 
+    @abstractmethod
+    def _submit(self, index: int, asked: Asked, on_tokens: Callable[[list[int]], None]) -> Handle | GraphedHandle:
+        """Hand one to the engine, by its place in the list."""
+
+    @abstractmethod
+    def _step(self) -> None:
+        """One round of the engine."""
+
+    @abstractmethod
+    def _spent(self) -> tuple[int, float, float]:
+        """Rounds, and seconds of passes and of drafting in them."""
+
+
+class _BatchDriver(_Driver):
+    """Kernel by kernel; the clock waits for the device."""
+
+    def __init__(self, engine: BatchEngine, asked: Sequence[Asked], clock: Clock, timer: PassTimer) -> None:
+        self._engine, self._timer = engine, timer
+        self._drafted, self._rounds = engine.seconds["draft"], 0
+        super().__init__(asked, clocked(engine.target.device, clock))
+
+    def _submit(self, index: int, asked: Asked, on_tokens: Callable[[list[int]], None]) -> Handle:
+        generator = TorchSource.seeded(asked.seed, device=asked.prompt.device)
+        return self._engine.submit(asked.prompt, asked.request, generator=generator, on_tokens=on_tokens)
+
+    def _step(self) -> None:
+        self._engine.step()
+        self._rounds += 1
+
+    def _spent(self) -> tuple[int, float, float]:
+        return self._rounds, self._timer.seconds, self._engine.seconds["draft"] - self._drafted
+
+
+class _CapturedDriver(_Driver):
+    """By captured rounds. The clock does not wait for the device, which is at the next round when tokens come: a moment
+    is when the host had them."""
+
+    lets_in = True
+
+    def __init__(self, engine: GraphedEngine, asked: Sequence[Asked], clock: Clock) -> None:
+        self._engine = engine
+        self._rounds, self._spent_before = engine.num_rounds, engine.device_seconds
+        # Fetched before the start: to fetch one waits for the round on its way.
+        self._prompts = [one.prompt.tolist() for one in asked]
+        device = engine.rounds.anchors.device
+        clocked(device, clock)()
+        super().__init__(asked, clock)
+
+    def _submit(self, index: int, asked: Asked, on_tokens: Callable[[list[int]], None]) -> GraphedHandle:
+        return self._engine.submit(self._prompts[index], asked.request, seed=asked.seed, on_tokens=on_tokens)
+
+    def _step(self) -> None:
+        self._engine.step()
+
+    def _spent(self) -> tuple[int, float, float]:
+        return self._engine.num_rounds - self._rounds, self._engine.device_seconds - self._spent_before, 0.0
+
+
+@contextmanager
+def _watching(engine: BatchEngine | GraphedEngine, asked: Sequence[Asked], clock: Clock) -> Iterator[_Driver]:
+    """A driver whose clock starts now."""
+    assert engine.idle, "an engine under load serves no one else"
+    if isinstance(engine, GraphedEngine):
+        yield _CapturedDriver(engine, asked, clock)
+        return
+    with timed_passes(engine.target, clock=clock) as timer:
+        yield _BatchDriver(engine, asked, clock, timer)
+
 
 def _served(one: _Watched) -> Served:
     assert one.start is not None and one.emissions, "a request that has ended was let in and has emitted"
     result = one.handle.result
+    arrival = one.start if one.arrival is None else one.arrival
     return Served(
         prompt_id=one.asked.prompt_id,
         domain=one.asked.domain,
         temperature=one.asked.request.settings.temperature,
-        arrival=_rounded(one.arrival),
+        arrival=_rounded(arrival),
         start=_rounded(one.start),
         end=_rounded(one.emissions[-1][0]),
         emissions=[(_rounded(moment), count) for moment, count in one.emissions],

@@ -98,8 +98,20 @@ def row_signals(
 ) -> list[Signals]:
     """What policies read of rows `[n, V]` of processed logits; one transfer from the device, whatever they read.
 
+    See `signal_values` for the arguments.
+    """
+    values = signal_values(rows, probs, confidence, reads=reads)
+    columns = torch.stack([value.double() for value in values.values()], dim=-1).tolist()
+    return [Signals(**dict(zip(values, numbers, strict=True))) for numbers in columns]
+
+
+def signal_values(
+    rows: torch.Tensor, probs: torch.Tensor | None, confidence: torch.Tensor | None, *, reads: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """The fields of `Signals` of rows, each `[n]`, still on the device.
+
     Args:
-        rows: processed logits.
+        rows: `[n, V]`, processed logits.
         probs: their softmax, where one was made.
         confidence: `[n]`, chances that the tokens survive; None takes the largest probabilities.
         reads: fields of `Signals`.
@@ -114,5 +126,4 @@ def row_signals(
     if "margin" in reads:
         best = rows.topk(2, dim=-1).values
         values["margin"] = (best[:, 0] - best[:, 1]).clamp(max=_WIDEST_MARGIN)
-    columns = torch.stack([value.double() for value in values.values()], dim=-1).tolist()
-    return [Signals(**dict(zip(values, numbers, strict=True))) for numbers in columns]
+    return values

@@ -49,9 +49,23 @@ def captured_decoder(target: CausalModel, drafter: Drafter, *, block: int, token
     Raises:
         InputError: a target or a draft that cannot be captured.
     """
+    return decoder_of_capacity(target, drafter, block=block, capacity=capacity_for(target, tokens, block=block))
+
+
+def decoder_of_capacity(target: CausalModel, drafter: Drafter, *, block: int, capacity: int) -> GraphedDecoder:
+    """`captured_decoder` with so many positions: buffers of another length may round otherwise.
+
+    Args:
+        target: likewise.
+        drafter: likewise.
+        block: likewise.
+        capacity: positions of a request, as `GraphedDecoder.rounds` had them.
+
+    Raises:
+        InputError: a target or a draft that cannot be captured.
+    """
     if not can_be_captured(drafter):
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
-    capacity = capacity_for(target, tokens, block=block)
     _check_windows(target, capacity)
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
     return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity))

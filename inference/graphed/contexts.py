@@ -74,8 +74,8 @@ class StaticContext:
 
     def clear(self, place: int) -> None:
         """Let a request hold nothing."""
-        self.held[place] = 0
-        self._last[place] = 0.0
+        self.held[place].fill_(0)
+        self._last[place].fill_(0.0)
 
     def move(self, source: int, place: int) -> None:
         """Let a request lie in another place too."""

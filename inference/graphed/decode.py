@@ -6,8 +6,9 @@ import torch
 
 from inference.decoder import Clock, check_prompt_length, up_to_stop
 from inference.drafters._token import plain
-from inference.graphed.rounds import Rounds
+from inference.graphed.rounds import SIGNALS, Rounds
 from inference.graphed.timing import RoundSeconds, round_seconds
+from inference.lookahead import RecordingLookahead, Signals, Visible
 from inference.precision import model_nbytes
 from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
@@ -41,7 +42,9 @@ class GraphedDecoder:
         self._timed = {} if timed is None else timed
         self._shorter: GraphedDecoder | None = None
         device = rounds.anchors.device
-        self._host = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=pinned)
+        self._noted = torch.zeros(rounds.signals.shape[1:], dtype=rounds.signals.dtype, pin_memory=pinned)
 
     # Other block lengths
 
@@ -97,6 +100,7 @@ class GraphedDecoder:
         request: Request,
         seed: int,
         on_tokens: Callable[[list[int]], None] | None = None,
+        recording: RecordingLookahead | None = None,
     ) -> Decoded:
         """Decode one request losslessly.
 
@@ -105,6 +109,8 @@ class GraphedDecoder:
             request: temperature alone of its sampling settings, length and stop rules.
             seed: fixes every random decision.
             on_tokens: called with newly emitted tokens after every round.
+            recording: told of every round what the ordinary decoder would tell it; rounds then are programs of their
+                own, which `prepare` does not capture.
 
         Raises:
             InputError: the prompt is empty or leaves no room.
@@ -129,14 +135,18 @@ class GraphedDecoder:
             if not settings.greedy:
                 uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
                 rounds.uniforms.copy_(uniforms, non_blocking=True)
-            rounds.round(shown=rounds.shown(length), sampled=not settings.greedy)
+            rounds.round(shown=rounds.shown(length), sampled=not settings.greedy, recorded=recording is not None)
             self._host.copy_(rounds.emitted[0], non_blocking=True)
+            if recording is not None:
+                self._noted.copy_(rounds.signals[0], non_blocking=True)
             if prompt.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
             numbers = self._host.tolist()
             count = numbers[-1]
             length += count
             result.count_chain(rounds.block, count - 1)
+            if recording is not None:
+                self._record(recording, num_accepted=count - 1, room=budget - len(result.tokens) - 1)
             emitted, finished = up_to_stop(numbers[: min(count, budget - len(result.tokens))], request.stop_tokens)
             result.tokens += emitted
             finished = finished or len(result.tokens) >= budget
@@ -145,6 +155,14 @@ class GraphedDecoder:
         self._split(result, clock.now() - start, sampled=not settings.greedy)
         result.cache_nbytes = rounds.target.nbytes()
         return result
+
+    def _record(self, recording: RecordingLookahead, *, num_accepted: int, room: int) -> None:
+        """Tell of the last round, cut to the tokens that the request has room for besides the target's own: the
+        ordinary decoder proposes no more."""
+        signals = tuple(Signals(**dict(zip(SIGNALS, row, strict=True))) for row in self._noted.tolist())
+        num_proposed = min(len(signals), room)
+        recording.keeps(Visible(len(signals), signals))
+        recording.observe(num_proposed, min(num_accepted, num_proposed))
 
     def _split(self, result: Decoded, seconds: float, *, sampled: bool) -> None:
         """Book the seconds of all rounds of a request under their parts."""

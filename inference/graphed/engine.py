@@ -25,6 +25,7 @@ from torch import Tensor
 from inference.decoder import check_prompt_length, up_to_stop
 from inference.graphed.depths import Depths, FixedDepth
 from inference.graphed.rounds import COLDEST, Rounds
+from inference.graphed.timing import Moment
 from inference.request import Decoded, Request
 
 # Rounds for which a request's uniform numbers are drawn and sent at once.
@@ -41,6 +42,7 @@ class GraphedHandle:
         seed: fixes its random decisions.
         on_tokens: called with newly emitted tokens after every round.
         result: tokens so far, and what they took; no seconds, which are not told apart by request.
+        started: whether it has been given a place.
         ended: whether nothing more will come.
     """
 
@@ -49,6 +51,7 @@ class GraphedHandle:
     seed: int
     on_tokens: Callable[[list[int]], None] | None = None
     result: Decoded = field(default_factory=Decoded)
+    started: bool = False
     ended: bool = False
 
 
@@ -77,12 +80,18 @@ class _Running:
 
 @dataclass
 class _Flight:
-    """A round on its way: who was in it and in which places, and where its tokens will be."""
+    """A round on its way: who was in it and in which places, where its tokens will be, and begin and end of what the
+    device does for it: the prompts of those who joined, if any did, then the round."""
 
     running: list[tuple[_Running, int]]
     depth: int
     host: Tensor
-    done: torch.cuda.Event | None
+    spans: list[tuple[Moment, Moment]]
+
+
+def round_sizes(max_requests: int) -> list[int]:
+    """Numbers of places that rounds of so many requests have: powers of two, and all of them."""
+    return sorted({1 << n for n in range((max_requests - 1).bit_length())} | {max_requests})
 
 
 class GraphedEngine:
@@ -103,6 +112,7 @@ class GraphedEngine:
         max_requests: most requests at once.
         sizes: numbers of places that rounds have, ascending.
         num_rounds: rounds so far.
+        device_seconds: of the device, for rounds and for reading prompts, up to the last round that was looked at.
     """
 
     def __init__(
@@ -119,16 +129,17 @@ class GraphedEngine:
         self.max_requests = rounds.batch if max_requests is None else max_requests
         if not 1 <= self.max_requests <= rounds.batch:
             raise ValueError(f"max_requests is {max_requests}; use 1 to {rounds.batch}, the places of the rounds")
-        smaller = [1 << n for n in range(self.max_requests.bit_length())] if sizes is None else sizes
-        self.sizes = sorted({size for size in smaller if size < self.max_requests} | {self.max_requests})
+        known = round_sizes(self.max_requests) if sizes is None else sizes
+        self.sizes = sorted({size for size in known if size < self.max_requests} | {self.max_requests})
         self._depths: Depths = FixedDepth(rounds.block) if depths is None else depths
         self._refill, self._on_leave = refill, on_leave
-        self.num_rounds = 0
+        self.num_rounds, self.device_seconds = 0, 0.0
         self._waiting: deque[GraphedHandle] = deque()
         self._running: dict[int, _Running] = {}  # by place
         self._free = list(range(self.max_requests))  # a heap
         self._left: list[int] = []  # places of requests that left in the last step
         self._flight: _Flight | None = None
+        self._spans: list[tuple[Moment, Moment]] = []  # of the round to be set off
         self._open = 0
         device = rounds.anchors.device
         self._on_gpu = device.type == "cuda"
@@ -218,6 +229,7 @@ class GraphedEngine:
         self._waiting.clear()
         self._running.clear()
         self._left.clear()
+        self._spans.clear()
         self._free, self._open, self._flight = list(range(self.max_requests)), 0, None
         self.rounds.active.zero_()
         self.rounds.reset()
@@ -231,7 +243,9 @@ class GraphedEngine:
         coming = min(len(self._free), len(self._waiting))
         if coming and (coming == len(self._waiting) or coming >= self._refill or not self._running):
             new = [self._join(self._waiting.popleft(), heapq.heappop(self._free)) for _ in range(coming)]
+            begun = Moment(self._on_gpu)
             self.rounds.begin_all([one.place for one in new], [one.handle.prompt for one in new])
+            self._spans.append((begun, Moment(self._on_gpu)))
         for place in self._left:
             if place not in self._running:
                 self.rounds.leave(place)
@@ -245,12 +259,13 @@ class GraphedEngine:
         budget = min(handle.request.max_new_tokens, self.longest - held)
         running = _Running(handle, place, budget, held - 1, generator)
         if generator is not None:
-            self.rounds.temperatures[place] = settings.temperature
+            self.rounds.temperatures[place].fill_(settings.temperature)
         elif not self._cold[place]:
-            self.rounds.temperatures[place] = COLDEST
-            self._tape[place] = 0.0
+            self.rounds.temperatures[place].fill_(COLDEST)
+            self._tape[place].fill_(0.0)
         self._cold[place] = generator is None
         self._running[place] = running
+        handle.started = True
         return running
 
     def _close_up(self) -> None:
@@ -290,19 +305,17 @@ class GraphedEngine:
             self._draw(running)
             rounds.uniforms[:places].copy_(self._tape[:places, self.num_rounds % _TAPE_ROUNDS])
         longest = max(one.most for one in running)
+        begun = Moment(self._on_gpu)
         rounds.round(shown=rounds.shown(longest), sampled=sampled, places=places, block=depth)
         host = self._hosts[self.num_rounds % 2][:places]
         host.copy_(rounds.emitted[:places], non_blocking=True)
-        done = None
-        if self._on_gpu:
-            done = torch.cuda.Event()
-            done.record()
+        spans, self._spans = [*self._spans, (begun, Moment(self._on_gpu))], []
         for one in running:
             one.begun += 1
             # Not yet known; a rejection is taken back when the round is looked at.
             one.most += depth + 1
         self.num_rounds += 1
-        return _Flight([(one, one.place) for one in running], depth, host, done)
+        return _Flight([(one, one.place) for one in running], depth, host, spans)
 
     def _draw(self, running: Sequence[_Running]) -> None:
         """Draw the coming rounds' numbers of those who have used up theirs, each from its own seed."""
@@ -325,8 +338,8 @@ class GraphedEngine:
 
     def _take(self, flight: _Flight) -> None:
         """Hand out the tokens of a round that has been set off before the present one."""
-        if flight.done is not None:
-            flight.done.synchronize()
+        flight.spans[-1][1].wait()
+        self.device_seconds += sum(end.since(begun) for begun, end in flight.spans)
         # A list of each column: one of each row would keep the garbage collector busy.
         *columns, counts = flight.host.t().tolist()
         first, depth = columns[0], flight.depth

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from inference.drafters._token import signal_values
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
 from inference.graphed.programs import Programs
@@ -28,6 +29,8 @@ _PROMPT_TOKENS = 8192
 # Stands for greedy decoding in a sampled round: whatever is less likely has no mass, and of equals the first is drawn
 # by a uniform number of 0.
 COLDEST = 1e-30
+SIGNALS = ("confidence", "margin")
+"""What recorded rounds note of each proposed token; see `inference.lookahead.Signals`."""
 
 
 class Rounds:
@@ -52,6 +55,8 @@ class Rounds:
         temperatures: fp32 `[B]`; read by sampled rounds.
         uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it.
         emitted: int64 `[B, W + 1]`, what the last round emitted, then how many of them stand for emitted tokens.
+        signals: fp64 `[B, G, 2]`, what was known of each token of the last recorded block before it was drawn; see
+            `SIGNALS`. Other rounds leave it as it is.
         programs: what is captured of rounds and prompts.
 
     Raises:
@@ -105,6 +110,7 @@ class Rounds:
         self.temperatures = torch.ones(batch, device=device)
         self.uniforms = torch.zeros(batch, 2 * block + 1, dtype=torch.float64, device=device)
         self.emitted = torch.zeros(batch, block + 2, dtype=torch.long, device=device)
+        self.signals = torch.zeros(batch, block, len(SIGNALS), dtype=torch.float64, device=device)
         self._every = torch.arange(batch, device=device)
         self._prompt: dict[tuple[int, int], Tensor] = {}
         self._compiled = compiled
@@ -209,7 +215,15 @@ class Rounds:
             self.context.held.zero_()
 
     @torch.inference_mode()
-    def round(self, *, shown: int, sampled: bool, places: int | None = None, block: int | None = None) -> None:
+    def round(
+        self,
+        *,
+        shown: int,
+        sampled: bool,
+        places: int | None = None,
+        block: int | None = None,
+        recorded: bool = False,
+    ) -> None:
         """One round; see `emitted`. Nothing waits for the device.
 
         Args:
@@ -217,12 +231,13 @@ class Rounds:
             sampled: by `temperatures` and `uniforms`.
             places: of the first so many requests; None for all.
             block: tokens proposed; None for the longest block.
+            recorded: also note `signals`, in a program of its own.
         """
         count = self.batch if places is None else places
         length = self.block if block is None else block
         self.programs.run(
-            ("round", count, length, shown, int(sampled)),
-            functools.partial(self._round, count, length, shown, sampled),
+            ("recorded round" if recorded else "round", count, length, shown, int(sampled)),
+            functools.partial(self._round, count, length, shown, sampled, recorded),
             compiled=True,
         )
 
@@ -231,7 +246,7 @@ class Rounds:
         block = self.anchors[:, None].expand(-1, self.block + 1).contiguous()
 
         def draft() -> None:
-            self._draft(self.batch, self.block, shown, sampled)
+            self._draft(self.batch, self.block, shown, sampled, recorded=False)
 
         def verify() -> None:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown)[0])
@@ -243,9 +258,9 @@ class Rounds:
 
     # What is captured
 
-    def _round(self, places: int, length: int, shown: int, sampled: bool) -> None:
+    def _round(self, places: int, length: int, shown: int, sampled: bool, recorded: bool) -> None:
         anchors, lengths = self.anchors[:places], self.lengths[:places]
-        tokens, rows = self._draft(places, length, shown, sampled)
+        tokens, rows = self._draft(places, length, shown, sampled, recorded=recorded)
         ids = torch.cat([anchors[:, None], tokens], dim=1)
         states, features = self.target.run(ids, lengths, None, shown=shown)
         logits = self.target.logits(states)
@@ -266,7 +281,9 @@ class Rounds:
         self.emitted[:places, : length + 1].copy_(emitted)
         self.emitted[:places, -1].copy_(written)
 
-    def _draft(self, places: int, length: int, shown: int, sampled: bool) -> tuple[Tensor, list[Tensor]]:
+    def _draft(
+        self, places: int, length: int, shown: int, sampled: bool, *, recorded: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """The block's tokens, int64 `[B, G]`, and the rows `[B, Vd]` they were sampled from."""
         network, context, anchors = self.network, self.context, self.anchors[:places]
         if network is None or context is None or not length:
@@ -276,29 +293,35 @@ class Rounds:
         block, previous = network.begin_block(anchors, context), anchors
         tokens, rows = [], []
         for slot in range(length):
-            logits = network.step(block, slot, previous, confidence=False).logits
+            step = network.step(block, slot, previous, confidence=recorded)
             if sampled:
-                probs = self._law(logits, self.temperatures[:places, None])
-                index = drawn(probs, self.uniforms[:places, slot])
-                rows.append(probs)
+                row = self._processed(step.logits, self.temperatures[:places, None])
+                rows.append(torch.softmax(row, dim=-1))
+                index = drawn(rows[-1], self.uniforms[:places, slot])
             else:
-                index = logits.argmax(-1)
+                row, index = step.logits, step.logits.argmax(-1)
+            if recorded:
+                values = signal_values(
+                    row.float(), rows[-1] if sampled else None, step.confidence, reads=frozenset(SIGNALS)
+                )
+                noted = torch.stack([values[name].double() for name in SIGNALS], dim=-1)
+                self.signals[:places, slot].copy_(noted)
             previous = index if network.vocabulary is None else network.vocabulary[index]
             tokens.append(previous)
         return torch.stack(tokens, dim=1), rows
 
-    def _law(self, logits: Tensor, temperatures: Tensor) -> Tensor:
-        """What is sampled from: `[..., V]` of logits, target's and draft's alike."""
+    def _processed(self, logits: Tensor, temperatures: Tensor) -> Tensor:
+        """Logits whose softmax is sampled from, `[..., V]`, target's and draft's alike."""
         scaled = logits.float() / temperatures
         if self.truncation.top_k or self.truncation.top_p < 1.0:
             rows, none = scaled.flatten(0, -2), self.anchors[:0]
             scaled = process_logits(rows, context=none, block=none, settings=self.truncation).view_as(scaled)
-        return torch.softmax(scaled, dim=-1)
+        return scaled
 
     def _accept_sampled(self, tokens: Tensor, rows: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Emitted tokens `[B, W]`, valid up to the one after those that stand, and how many stand, `[B]`."""
         places, block = tokens.shape
-        probs = self._law(logits, self.temperatures[:places, None, None])
+        probs = torch.softmax(self._processed(logits, self.temperatures[:places, None, None]), dim=-1)
         following = self.uniforms[:places, -1]
         if not block:
             return drawn(probs[:, 0], following)[:, None], torch.zeros_like(self.lengths[:places])
@@ -383,8 +406,9 @@ class Rounds:
 
     def _reset(self, place: int, *, active: int) -> None:
         """A place of length 0."""
-        self.lengths[place] = 0
-        self.active[place] = active
+        # Filled, since a number that is assigned is copied from the host, which waits.
+        self.lengths[place].fill_(0)
+        self.active[place].fill_(active)
         if self.context is not None:
             self.context.clear(place)
 

@@ -33,6 +33,31 @@ class RoundSeconds:
     verify: float
 
 
+class Moment:
+    """When the device comes to this point of what it was asked for; without a GPU that is now.
+
+    Args:
+        on_gpu: whether there is one.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self._seconds = 0.0 if on_gpu else time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, other: "Moment") -> float:
+        """Seconds of the device from another moment; both have come."""
+        if self._event is None or other._event is None:
+            return self._seconds - other._seconds
+        return 1e-3 * float(other._event.elapsed_time(self._event))
+
+
 @torch.inference_mode()
 def round_seconds(rounds: Rounds, *, length: int, sampled: bool, by_part: bool = True) -> RoundSeconds:
     """Time rounds after a context of a given length; requests under way are lost.

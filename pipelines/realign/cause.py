@@ -19,8 +19,8 @@ from distill.prompts.jsonl import Config as Jsonl
 from inference.decoder import decode
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
+from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
-from inference.pair import load_lookahead
 from inference.randomness import TorchSource
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
@@ -204,7 +204,11 @@ def _runs(
     name: str,
 ) -> list[_Run]:
     context = LoadContext(champion / "draft", target_folder, target, target.precision, target.device)
-    drafter, lookahead = load_drafter(context), load_lookahead({**info["decoding"]["lookahead"], "kind": "fixed"})
+    settings = info["decoding"]["lookahead"]  # of whatever policy: its block, proposed every round
+    drafter, lookahead = (
+        load_drafter(context),
+        FixedLookahead(settings["tokens"], siblings=settings.get("siblings", ())),
+    )
     request = Request(
         settings=SamplingSettings(temperature=0.0), max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(target)
     )

@@ -25,6 +25,7 @@ from inference.errors import InputError, ProcessLost
 from inference.loading import load_causal_model
 from inference.model import load_tokenizer
 from inference.parallel import load_target
+from inference.placement import TENSOR, undivided
 from inference.precisions import PRECISIONS
 from inference.target import TargetConfig, config_shape
 from pipelines import corpus_shards, launch
@@ -101,11 +102,11 @@ def _decoding(
     options: argparse.Namespace, group: processes.Group, folder: Path, device: torch.device, precision: str
 ) -> dict[str, Any]:
     """Single requests and loads, in one arithmetic."""
-    if reason := parallel.undivided(folder, size=group.size):
+    if reason := undivided(folder, size=group.size):
         raise InputError(reason, where=str(folder), mend="take another number of processes, or another --target")
     both = Both(
         whole=load_causal_model(folder, precision=precision, device=device),
-        spread=load_target(folder, precision=precision, device=device),
+        spread=load_target(folder, precision=precision, device=device, way=TENSOR),
         block=options.block,
     )
     prompts = [

@@ -30,6 +30,7 @@ from inference.lookahead.fixed import FixedLookahead
 from inference.lookup_settings import LookupSettings
 from inference.model import CausalModel
 from inference.parallel import load_target
+from inference.placement import TENSOR
 from inference.processes import num_processes
 from inference.randomness import TorchSource
 from inference.request import Request
@@ -42,7 +43,7 @@ TEMPERATURES = (0.0, 1.0)
 
 
 def target_of(folder: Path, precision: str = "fp32") -> CausalModel:
-    return load_target(folder / "target", precision=precision, device=torch.device("cpu"))
+    return load_target(folder / "target", precision=precision, device=torch.device("cpu"), way=TENSOR)
 
 
 def prompt(length: int, seed: int) -> torch.Tensor:

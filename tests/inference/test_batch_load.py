@@ -38,6 +38,9 @@ from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_networks import make_network
+from inference.graphed.engine import GraphedEngine
+from inference.graphed.rounds import Rounds
+from inference.lean import use_lean_layers
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookup_settings import LookupSettings
@@ -198,6 +201,64 @@ def test_gaps_between_arrivals_are_exponential_and_seeded() -> None:
     assert moments != poisson_arrivals(4000, rate=5.0, seed=4)
     slower = poisson_arrivals(4000, rate=2.5, seed=3)
     assert slower == pytest.approx([2 * moment for moment in moments]), "the same pattern, stretched"
+
+
+# By captured rounds
+
+
+class _SteppingRounds(GraphedEngine):
+    """Moves a clock by a second a step; tokens of a round are there at the end of the next step."""
+
+    now = 0.0
+
+    def step(self) -> None:
+        self.now += 1.0
+        super().step()
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(scope="module")
+def lean() -> CausalModel:
+    model = _model()
+    use_lean_layers(model.model)
+    return model
+
+
+def _captured(target: CausalModel, places: int) -> _SteppingRounds:
+    return _SteppingRounds(Rounds(target, None, block=0, batch=places, capacity=64))
+
+
+def test_captured_rounds_replace_those_that_end_by_themselves(lean: CausalModel) -> None:
+    # Two run. The rounds of steps 1 and 2 give 0 its tokens, at 2 and 3; its last one is foreseen at 2, so that 2 takes
+    # the place in the step that begins there. Likewise 3 that of 1, whose last round is that of step 3. 2 ends at 4.
+    trace, answers = closed_loop(engine := _captured(lean, 2), _asked(2, 3, 1, 2), concurrency=2, clock=engine.clock)
+    assert [one.start for one in trace.served] == [0.0, 0.0, 2.0, 3.0] == [one.arrival for one in trace.served]
+    assert [one.end for one in trace.served] == [3.0, 4.0, 4.0, 6.0]
+    assert [[moment for moment, _ in one.emissions] for one in trace.served] == [[2, 3], [2, 3, 4], [4], [5, 6]]
+    # From 4 on a place is free that nobody can take; the sixth step only looks at the fifth round.
+    assert (trace.window, trace.window_tokens, trace.elapsed, trace.rounds) == (4.0, 6, 6.0, 5)
+    assert trace.draft_seconds == 0.0 < trace.pass_seconds
+    plain = _plain(lean, 2)
+    assert answers == closed_loop(plain, _asked(2, 3, 1, 2), concurrency=2, clock=plain.clock)[1]
+
+
+def test_waiting_for_a_captured_place_counts_from_the_arrival(lean: CausalModel) -> None:
+    engine = _captured(lean, 1)
+    trace, _ = timed_load(engine, _asked(2, 2), [0.5, 0.6], clock=engine.clock, sleep=engine.sleep)
+    assert [one.arrival for one in trace.served] == [0.5, 0.6]
+    assert [one.start for one in trace.served] == [0.5, 2.5]
+    assert [one.emissions[0][0] for one in trace.served] == [2.5, 4.5]
+    assert (trace.window, trace.elapsed, trace.rounds) == (5.5, 5.5, 4)
+
+
+def test_captured_rounds_keep_as_many_requests_as_they_have_places(lean: CausalModel) -> None:
+    with pytest.raises(ValueError, match="captured rounds of 3 places keep as many requests, not 2"):
+        closed_loop(_captured(lean, 3), _asked(1, 1, 1), concurrency=2)
 
 
 # Seconds inside and outside passes

@@ -165,7 +165,8 @@ def test_where_memory_is_short_a_machine_that_is_slower_for_a_while_does_not_mak
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     # Half of it is room for two models of four copies each.
     monkeypatch.setattr(module, "_free_bytes", lambda device: 2 * 2 * 4 * size)
-    monkeypatch.setattr(module, "available_precisions", lambda device: ["fp32", "bf16", "fp32_packed", "fp16_packed"])
+    four = ["fp32", "bf16", "fp32_packed", "fp16_packed"]
+    monkeypatch.setattr(module, "precisions_for", lambda folder, device: four)
     profile = measure(folder, device=torch.device("cpu"))
     first, last = ["fp32", "bf16"], ["fp32_packed", "fp16_packed"]
     assert groups == [first, last, last, first]

@@ -1,6 +1,10 @@
 """Rounds of fixed shapes give the tokens, the passes and the law of the ordinary decoder."""
 
+import dataclasses
+import itertools
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +14,11 @@ from inference.decoder import decode
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
-from inference.feature_networks import FeatureNetwork
+from inference.feature_networks import FeatureNetwork, Step
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
+from inference.lookahead import RecordingLookahead, Signals
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
@@ -180,3 +185,111 @@ def misfit(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float]) 
     statistic = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
     freedom = len(seen) - 1
     return float((statistic - freedom) / (2 * freedom) ** 0.5)
+
+
+# Recorded
+
+
+def knows_pairs(network: FeatureNetwork, answer: list[int], patch: pytest.MonkeyPatch) -> None:
+    """Let a draft lean towards what follows a token in an answer, so that blocks stand in part and as a whole."""
+    ids = list(range(VOCAB)) if network.vocabulary is None else network.vocabulary.tolist()
+    lean = torch.zeros(VOCAB, len(ids))
+    for before, after in itertools.pairwise(answer):
+        if after in ids:
+            lean[before, ids.index(after)] = 8.0
+    step = network.step
+
+    def leaning(block: Any, slot: int, previous: torch.Tensor, *, confidence: bool) -> Step:
+        found = step(block, slot, previous, confidence=confidence)
+        return Step(found.logits + lean[previous], found.confidence)
+
+    patch.setattr(network, "step", leaning)
+
+
+def near(given: Sequence[Signals], wanted: Sequence[Signals], *, within: float = 1e-5) -> bool:
+    """Whether confidences and margins are the same, position by position."""
+    return len(given) == len(wanted) and all(
+        (a.confidence, a.margin) == pytest.approx((b.confidence, b.margin), abs=within)
+        for a, b in zip(given, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("block", "reduced"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_recorded_rounds_are_the_ordinary_decoders(
+    target: CausalModel, kind: str, reduced: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(settings=SamplingSettings(), max_new_tokens=40)
+    answers = [plainly(target, None, prompt(n, seed=n), request).tokens for n in (2, 17, 70)]
+    common = [token for token, _ in Counter(itertools.chain(*answers)).most_common(24)]
+    network = network_for(CONFIGS[kind], target, torch.tensor(sorted(common)) if reduced else None)
+    knows_pairs(network, [*itertools.chain(*answers)], monkeypatch)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256)).of_block(block)
+    seen: list[tuple[tuple[Signals, ...], int]] = []
+    for length, answer in zip((2, 17, 70), answers, strict=True):
+        # Answers end at a stop token, and with blocks of which all stood and only a part had room.
+        stopped = dataclasses.replace(request, stop_tokens=frozenset({answer[20]}))
+        short = [dataclasses.replace(request, max_new_tokens=tokens) for tokens in range(5, 11)]
+        for asked in (request, stopped, *short):
+            given, wanted = RecordingLookahead(block), RecordingLookahead(block)
+            tokens = prompt(length, seed=length)
+            decode(
+                target,
+                FeatureDrafter(network),
+                tokens,
+                request=asked,
+                lookahead=wanted,
+                generator=TorchSource.seeded(0),
+            )
+            found = decoder.decode(tokens, request=asked, seed=0, recording=given)
+            assert found.tokens == decoder.decode(tokens, request=asked, seed=0).tokens
+            assert [(len(s), stood) for s, stood in given.rounds] == [(len(s), stood) for s, stood in wanted.rounds]
+            assert all(near(a, b) for (a, _), (b, _) in zip(given.rounds, wanted.rounds, strict=True))
+            seen += given.rounds
+    # What was compared tells positions, rounds and verdicts apart.
+    assert {stood for _, stood in seen} == set(range(block + 1))
+    assert not any(near(signals[:-1], signals[1:]) for signals, _ in seen if len(signals) > 1)
+    assert sum(near(a, b) for (a, _), (b, _) in itertools.pairwise(seen)) < len(seen) / 4
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_sampled_rounds_record_the_rows_that_were_sampled(target: CausalModel, kind: str) -> None:
+    """The two draw other numbers, but a row is what the tokens before it make it: few are likely, and all are seen."""
+    network = network_for(CONFIGS[kind], target)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    request = Request(settings=SamplingSettings(temperature=0.2), max_new_tokens=4)
+    given, wanted = [], []
+    for seed in range(60):
+        recordings = [RecordingLookahead(network.block) for _ in range(2)]
+        answer = decoder.decode(prompt(20), request=request, seed=seed, recording=recordings[0]).tokens
+        assert answer == decoder.decode(prompt(20), request=request, seed=seed).tokens, "recording draws nothing"
+        source = TorchSource.seeded(seed)
+        drafter = FeatureDrafter(network)
+        decode(target, drafter, prompt(20), request=request, lookahead=recordings[1], generator=source)
+        first, second = (recording.rounds[0][0] for recording in recordings)
+        given.append(first)
+        wanted.append(second)
+    for depth, share in ((1, 1.0), (2, 0.9), (3, 0.6)):
+        seen = [any(near(one[:depth], other[:depth]) for other in wanted) for one in given]
+        assert sum(seen) >= share * len(seen), depth
+
+
+def test_what_is_not_recorded_is_not_computed(target: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_for(CONFIGS["dspark"], target)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    wanted: list[bool] = []
+    step = network.step
+
+    def watched(block: Any, slot: int, previous: torch.Tensor, *, confidence: bool) -> Step:
+        wanted.append(confidence)
+        return step(block, slot, previous, confidence=confidence)
+
+    monkeypatch.setattr(network, "step", watched)
+    request = Request(settings=SamplingSettings(), max_new_tokens=12)
+    decoder.decode(prompt(20), request=request, seed=0)
+    assert wanted and not any(wanted) and not decoder.rounds.signals.any()
+    names = decoder.rounds.programs.names
+    wanted.clear()
+    decoder.decode(prompt(20), request=request, seed=0, recording=RecordingLookahead(network.block))
+    assert wanted and all(wanted) and decoder.rounds.signals.all()
+    assert {name[0] for name in decoder.rounds.programs.names - names} == {"recorded round"}

@@ -1,6 +1,7 @@
 """Requests that join and leave captured rounds get what they would get alone."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.depths import FixedDepth, ScheduledDepth, load_seconds
-from inference.graphed.engine import GraphedEngine, GraphedHandle
+from inference.graphed.engine import GraphedEngine, GraphedHandle, round_sizes
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
 from inference.model import CausalModel
@@ -404,6 +405,25 @@ def test_abandoned_requests_leave_nothing(target: CausalModel) -> None:
     assert engine.idle
     requests = asked(5)
     assert [h.result.tokens for h in run(engine, requests)] == [plainly(target, None, *one).tokens for one in requests]
+
+
+def test_requests_start_with_a_place_and_seconds_are_of_what_the_device_did(target: CausalModel) -> None:
+    engine = GraphedEngine(rounds_of(target, None, 2))
+    handles = [engine.submit(prompt(6, seed=n), Request(settings=GREEDY, max_new_tokens=3), seed=0) for n in range(3)]
+    began = time.perf_counter()
+    engine.step()
+    assert [handle.started for handle in handles] == [True, True, False]
+    assert engine.device_seconds == 0.0, "no round was looked at"
+    while not engine.idle:
+        engine.step()
+    assert all(handle.started for handle in handles)
+    assert 0.0 < engine.device_seconds < time.perf_counter() - began
+
+
+def test_rounds_have_powers_of_two_of_places_and_all_of_them(target: CausalModel) -> None:
+    for most, sizes in {1: [1], 2: [1, 2], 3: [1, 2, 3], 8: [1, 2, 4, 8], 12: [1, 2, 4, 8, 12]}.items():
+        assert round_sizes(most) == sizes
+    assert GraphedEngine(rounds_of(target, None, 3)).sizes == [1, 2, 3]
 
 
 def test_tokens_are_told_as_they_come(target: CausalModel) -> None:

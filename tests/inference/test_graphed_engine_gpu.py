@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from inference.batch.load import Asked, closed_loop
 from inference.generation import generate_batch
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.depths import ScheduledDepth, load_seconds
@@ -55,6 +56,21 @@ def test_greedy_tokens_are_the_ordinary_decoders(exact: CausalModel, kind: str, 
         engine = GraphedEngine(rounds, depths)
         for _ in range(2):
             assert [handle.result.tokens for handle in run(engine, asked(), at_once=at_once)] == wanted
+
+
+@pytest.mark.parametrize("kind", ["none", "eagle3"])
+def test_a_closed_loop_has_the_same_tokens_and_the_devices_seconds(exact: CausalModel, kind: str) -> None:
+    rounds = rounds_of(exact, kind, 4)
+    requests = [
+        Asked(prompt_id=str(n), domain="any", prompt=tokens, request=request, seed=n)
+        for n, (tokens, request) in enumerate(asked())
+    ]
+    engine = GraphedEngine(rounds)
+    engine.prepare(sampled=False, longest_prompt=max(LENGTHS))
+    trace, answers = closed_loop(engine, requests, concurrency=4)
+    assert answers == [plainly(exact, rounds.network, *one).tokens for one in asked()]
+    assert 0.0 < trace.pass_seconds < trace.elapsed and trace.window <= trace.elapsed
+    assert all(one.arrival == one.start < one.end for one in trace.served)
 
 
 def test_a_seed_gives_the_answer_it_gives_alone(exact: CausalModel) -> None:

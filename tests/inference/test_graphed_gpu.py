@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from inference.attention import use_grouped_attention
+from inference.decoder import decode
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
 from inference.graphed.arms import captured_decoder, longest_block
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
+from inference.lookahead import RecordingLookahead
 from inference.model import CausalModel
+from inference.randomness import TorchSource
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import explain_mismatch
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
-from tests.inference.test_graphed import plainly, prompt
+from tests.inference.test_graphed import near, plainly, prompt
 
 pytestmark = pytest.mark.gpu
 GREEDY = Request(settings=SamplingSettings(), max_new_tokens=40)
@@ -85,6 +88,24 @@ def test_once_prepared_nothing_is_captured_within_an_answer(exact: CausalModel, 
     assert decoder.rounds.programs.names == there
     wanted = plainly(exact, network, prompt(20).cuda(), GREEDY).tokens
     assert decoder.decode(prompt(20).cuda(), request=GREEDY, seed=0).tokens == wanted
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_recorded_rounds_are_captured_and_note_what_the_ordinary_decoder_knows(exact: CausalModel, kind: str) -> None:
+    network = network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
+    network.bind(exact)
+    decoder = GraphedDecoder(Rounds(exact, network, block=network.block, capacity=256))
+    for seed in (3, 4, 5):
+        tokens = prompt(20, seed=seed).cuda()
+        given, wanted = RecordingLookahead(network.block), RecordingLookahead(network.block)
+        source = TorchSource.seeded(0, device="cuda")
+        drafter = FeatureDrafter(network)
+        decode(exact, drafter, tokens, request=GREEDY, lookahead=wanted, generator=source)
+        decoder.decode(tokens, request=GREEDY, seed=0, recording=given)
+        assert [(len(s), stood) for s, stood in given.rounds] == [(len(s), stood) for s, stood in wanted.rounds]
+        assert all(near(a, b, within=1e-3) for (a, _), (b, _) in zip(given.rounds, wanted.rounds, strict=True))
+        sampled = decoder.decode(tokens, request=SAMPLED, seed=seed, recording=given).tokens
+        assert decoder.decode(tokens, request=SAMPLED, seed=seed).tokens == sampled
 
 
 def test_half_precision_leaves_greedy_tokens_at_near_ties_alone() -> None:

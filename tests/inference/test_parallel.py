@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from inference.parallel import undivided
 from tests.inference.families import family_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,21 +171,3 @@ def test_a_follower_that_cannot_load_its_part_is_named_by_the_leader(place: Path
     assert processes.codes(within_s=60) == [2, 2]
     assert processes.said(0).startswith("dspark: process 1 cannot do its part: no such model folder")
     assert processes.said(0).count("\n") == 1 and processes.said(1) == ""
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "size", "reason"),
-    [
-        ("llama", {"num_attention_heads": 9, "hidden_size": 36, "num_key_value_heads": 3}, 2, "(3 processes would do)"),
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, 3, "(2 or 4 processes would do)"),
-        ("llama", {"num_key_value_heads": 1}, 2, "cannot be shared out among 2 processes"),
-        ("gpt2", {}, 2, "no tensor-parallel plan for gpt2"),
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, 4, ""),
-    ],
-)
-def test_a_target_that_cannot_be_shared_out_stays_whole_and_says_why(
-    tmp_path: Path, family: str, changes: dict[str, int], size: int, reason: str
-) -> None:
-    family_config(family, **changes).save_pretrained(tmp_path)
-    found = undivided(tmp_path, size=size)
-    assert found.endswith(reason) and bool(found) == bool(reason)

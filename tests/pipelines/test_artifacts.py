@@ -1,5 +1,6 @@
 """An artifact is complete or absent, is found by what went into it, and knows when a file was changed."""
 
+import hashlib
 import logging
 import os
 import re
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from inference.errors import InputError
-from pipelines import provenance
+from pipelines import artifacts, provenance
 from pipelines.artifacts import MANIFEST, Artifact, Spec, Store, Work
-from pipelines.files import read_json, write_json
+from pipelines.files import read_json, sha256_file, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -220,6 +221,44 @@ def test_verify_names_the_bad_file(tmp_path: Path, damage: str, said: str) -> No
     }[damage]()
     with pytest.raises(InputError, match=rf"{said} \[.*shards/0\.jsonl\]: remove"):
         artifact.verify()
+
+
+def write_many(work: Work) -> None:
+    for number in range(12):
+        (work.folder / f"{number:02}.bin").write_bytes(bytes([number]) * (1000 - number))
+
+
+@pytest.mark.parametrize("processors", [1, 16])
+def test_files_are_digested_one_by_one_or_side_by_side_with_the_same_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    artifact = Store(tmp_path).obtain(spec(), make=write_many)
+    expected = {
+        f"{n:02}.bin": {"sha256": hashlib.sha256(bytes([n]) * (1000 - n)).hexdigest(), "bytes": 1000 - n}
+        for n in range(12)
+    }
+    assert list(artifact.manifest["files"].items()) == list(expected.items())
+    artifact.verify()
+    (artifact.path / "07.bin").unlink()
+    (artifact.path / "03.bin").write_bytes(bytes(997))
+    (artifact.path / "05.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"changed or damaged \[.*03\.bin\]: remove"):
+        artifact.verify()  # the first of three
+
+
+def test_no_file_is_hashed_twice_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr(artifacts, "sha256_file", counted)
+    for _ in range(2):
+        assert Store(tmp_path).obtain(spec(), make=write_many).digest
+    assert Store(tmp_path).find(spec()) is not None
+    assert sorted(hashed) == [f"{number:02}.bin" for number in range(12)]
 
 
 def test_what_is_not_a_manifest_is_refused(tmp_path: Path) -> None:

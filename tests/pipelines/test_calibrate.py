@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from inference import calibration, reliability
+from inference import block_length, calibration, reliability
 from inference.block_length import decode_validation
 from inference.drafters import Drafter
+from inference.drafters.feature import FeatureDrafter
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
@@ -23,6 +24,8 @@ from inference.scoring import Arm, ScorePrompt
 from pipelines.calibrate import _halves, calibrate
 from pipelines.stage_config import ScoreConfig
 from tests.inference.law import tiny_model
+from tests.inference.test_feature_drafts import CONFIGS, network_for
+from tests.inference.test_graphed_arms import captured, lean
 
 VOCAB = 12
 PROMPTS = [
@@ -125,6 +128,40 @@ def test_a_recording_has_a_signal_for_every_token(model_drafter: ModelDrafter) -
     for signals, stood in recording.rounds:
         assert 0 <= stood <= len(signals)
         assert all(0.0 < s.confidence <= 1.0 and s.margin >= 0.0 and math.isnan(s.entropy) for s in signals)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_captured_rounds_give_the_chances_of_the_ordinary_decoder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = lean("llama", max_position_embeddings=256)
+    network = network_for(CONFIGS[kind], target)
+    found: list[dict[str, Any]] = []
+    for decoder in (None, captured(target, network)):
+        arm = Arm("draft", target, FeatureDrafter(network), FixedLookahead(0), decoder)
+        folder = tmp_path / str(decoder is not None)
+        folder.mkdir()
+        with caplog.at_level(logging.INFO, logger="pipelines.calibrate"):
+            calibrate(
+                arm,
+                PROMPTS,
+                tokens=2,
+                settings=[SamplingSettings()],
+                max_new_tokens=40,
+                stop_tokens=frozenset(),
+                seed=0,
+                folder=folder,
+            )
+        found.append(json.loads((folder / "calibration-draft.json").read_text()))
+        monkeypatch.setattr(block_length, "decode", None)
+    plain, by_rounds = found
+    assert by_rounds["chances"]["source"] == plain["chances"]["source"]
+    assert [at["observations"] for at in by_rounds["positions"]] == [at["observations"] for at in plain["positions"]]
+    for name in ("error_before", "auc", "margin_auc"):
+        values = [[at[name]["value"] for at in one["positions"]] for one in found]
+        assert values[1] == pytest.approx(values[0], abs=1e-4), name
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("calibration draft by captured rounds: ") for line in lines] == [False, True]
 
 
 def test_a_fit_and_a_test_take_two_prompts() -> None:

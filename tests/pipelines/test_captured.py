@@ -11,18 +11,28 @@ from typing import Any
 
 import pytest
 
+from inference import block_length
+from inference.decoder import decode
+from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.graphed import decode as decode_module
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.timing import RoundSeconds
+from inference.lookahead import Chances, Measured
 from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.scheduled import Config as Scheduled
+from inference.lookahead.scheduled import ScheduledLookahead
+from inference.pair import load_lookahead, load_pair
+from inference.request import Decoded
 from inference.scoring import Arm
 from pipelines import captured as captured_module
-from pipelines import score
+from pipelines import publish, score, select
 from pipelines.captured import captured_markdown, prepared
 from pipelines.score_plan import ScorePlan
+from pipelines.select import Decision, decide
 from pipelines.stage_config import ScoreConfig
+from pipelines.verify import faithful, read_checks
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed_arms import captured, lean
 from tests.pipelines.tiny import Workplace, read, records, run, token_digests
@@ -201,6 +211,108 @@ def test_a_length_that_was_chosen_for_another_draft_is_cut_to_what_there_is() ->
         decoder = prepared(SimpleNamespace(cfg=cfg), arm, tokens)  # type: ignore[arg-type]
         assert decoder is not None and decoder.rounds.block == block
     assert prepared(SimpleNamespace(cfg=cfg), dataclasses.replace(arm, captured=None), 2) is None  # type: ignore[arg-type]
+
+
+# Published
+
+
+def won_by(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Which arm is the fastest on a tiny model is the machine's mood: let one win."""
+
+    def decided(*given: Any, **named: Any) -> Decision:
+        return dataclasses.replace(decide(*given, **named), winner=name)
+
+    monkeypatch.setattr(select, "decide", decided)
+
+
+def published(place: Workplace, *words: str) -> tuple[Path, str]:
+    """All stages; returns the version's folder, and what was printed."""
+    out, code = run(place.words(*DRAFTS, *words))
+    assert code == 0, out
+    return place.versions / "v1", out
+
+
+SCHEDULED = ("lookahead=scheduled", "lookahead.tokens=0")
+CHANCES = Chances("margin", curves=((0.25, 0.5),))
+
+
+@pytest.mark.parametrize("winner", ["dspark", "eagle3"])
+def test_a_pair_names_the_policy_it_was_measured_with_and_keeps_what_others_need(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, winner: str
+) -> None:
+    won_by(monkeypatch, winner)
+    monkeypatch.setattr("pipelines.score_plan.calibrate", lambda *_, **__: CHANCES)
+    folder, out = published(place, ON, *SCHEDULED, "score.temperatures=[0.0,1.0]")
+    block = read(folder / "scorecard.json")["blocks"][winner]["tokens"]
+    line = f"{winner} was measured by captured rounds, so the pair names a fixed block of {block} tokens and not "
+    assert sum(line + "lookahead=scheduled" in row for row in out.splitlines()) == 1
+    decoding = read(folder / "pair.json")["decoding"]
+    assert (decoding["lookahead"]["kind"], decoding["lookahead"]["tokens"]) == ("fixed", block)
+    pair = load_pair(folder, cache=place.cache)
+    assert isinstance(pair.lookahead, FixedLookahead) and pair.lookahead.longest == block
+    # The documented way to the policy that was configured.
+    measured = Measured.from_json(decoding["measured"], where="pair.json")
+    assert measured.chances == CHANCES
+    assert measured.costs.to_json() == read(place.only("score") / "score_plan.json")["captured"][winner]
+    policy = load_lookahead({"kind": "scheduled", "tokens": block}, measured=lambda: measured)
+    assert isinstance(policy, ScheduledLookahead) and policy.reads == {"confidence", "margin"}
+    # Sampled answers repeat by captured rounds alone.
+    checks = read_checks(folder)
+    assert {check.temperature for check in checks} == {0.0, 1.0}
+    assert all(check.captured_positions for check in checks)
+    assert all(went for _, went in faithful(pair, checks))
+    other = [dataclasses.replace(check, captured_positions=0) for check in checks]
+    assert [went for check, went in faithful(pair, other) if check.temperature] == [False]
+
+
+def test_a_pair_that_was_measured_without_captured_rounds_names_what_was_configured(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    won_by(monkeypatch, "lookup")
+    folder, out = published(place, ON, *SCHEDULED)
+    assert read(folder / "pair.json")["decoding"]["lookahead"]["kind"] == "scheduled"
+    assert "so the pair names" not in out
+    assert not any(check.captured_positions for check in read_checks(folder))
+
+
+def test_a_block_that_was_cut_to_what_the_draft_has_is_published_as_it_was_measured() -> None:
+    """As a gate may, whose arms all propose as suits one of them."""
+    context: Any = SimpleNamespace(cfg=SimpleNamespace(lookahead=Scheduled(longest_auto=9)))
+    scorecard = {
+        "blocks": {"draft": {"tokens": 10, "siblings": [1]}, "lookup": {"tokens": 10, "siblings": [1]}},
+        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}},
+    }
+    named = publish._lookahead(context, scorecard, "draft")
+    assert (named["kind"], named["tokens"], named["siblings"], named["longest_auto"]) == ("fixed", 4, [], 9)
+    assert isinstance(load_lookahead(named), FixedLookahead)
+    as_configured = publish._lookahead(context, scorecard, "lookup")
+    assert (as_configured["kind"], as_configured["tokens"], as_configured["siblings"]) == ("scheduled", 10, [1])
+
+
+# Calibrated
+
+
+def test_captured_arms_are_calibrated_by_captured_rounds(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[str, int]] = []
+    recorded: list[int] = []
+    by_rounds = GraphedDecoder.decode
+
+    def ordinary(target: Any, drafter: Drafter, *given: Any, **named: Any) -> Decoded:
+        decoded.append((drafter.kind, named["request"].max_new_tokens))
+        return decode(target, drafter, *given, **named)
+
+    def captured(self: GraphedDecoder, *given: Any, **named: Any) -> Decoded:
+        if named.get("recording") is not None:
+            recorded.append(self.rounds.block)
+        return by_rounds(self, *given, **named)
+
+    monkeypatch.setattr(block_length, "decode", ordinary)
+    monkeypatch.setattr(GraphedDecoder, "decode", captured)
+    folder, _ = scored(place, ON, *SCHEDULED)
+    # One validation prompt a domain, at two temperatures, with blocks of the length that was chosen.
+    blocks = read(folder / "scorecard.json")["blocks"]
+    assert recorded == [blocks[name]["tokens"] for name in ("dspark", "eagle3") for _ in range(3 * 2)]
+    assert {kind for kind, _ in decoded} == {"lookup"}
 
 
 # Killed, and gone on

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from distill.responses.local import Config as LocalResponses
-from inference import processes
+from inference import placement, processes
 from inference.target import TargetConfig
 from pipelines import corpus_shards
-from pipelines.corpus_shards import Shards, dealt, sharing_group, weight_bytes
+from pipelines.corpus_shards import Shards, dealt, sharing_group
 from tests.pipelines.tiny import REPOSITORY, Workplace, contents, run
 
 CORPUS = ("corpus.max_new_tokens=24", "corpus.batch_size=1")  # five shards of 18 conversations
@@ -66,6 +66,17 @@ def test_with_one_shard_the_other_process_is_idle(alone: Workplace, tmp_path: Pa
     said = finish(launch(two.words(*words, stage="corpus")))
     assert files(two) == files(one)
     assert "corpus: 1 of 1 shards, " in said
+
+
+@pytest.mark.slow
+def test_asked_for_a_spread_target_writes_the_corpus_though_it_fits_one_process(
+    alone: Workplace, tmp_path: Path
+) -> None:
+    place = alone.again(tmp_path / "two")
+    said = finish(launch(place.words(*CORPUS, "processes.corpus=tensor", stage="corpus")))
+    assert said.count("the target is spread over 2 processes: as asked for") == 1
+    assert "share out the corpus" not in said
+    assert files(place).keys() == files(alone).keys()
 
 
 def killed(place: Workplace, words: Sequence[str], *, first: bool) -> str:
@@ -155,19 +166,12 @@ def test_who_writes_a_corpus(
     folder = alone.root / "target"
     words = [f"processes.corpus={how}", f"target.spread_teacher={spread_teacher}", "target.device=cpu"]
     monkeypatch.setattr(processes, "_GROUP", _Group())
-    monkeypatch.setattr(corpus_shards.parallel, "undivided", lambda folder, *, size: "heads" if heads % size else "")
-    monkeypatch.setattr(corpus_shards, "_WEIGHTS_SHARE", room)
+    monkeypatch.setattr(corpus_shards, "undivided", lambda folder, *, size: "heads" if heads % size else "")
+    monkeypatch.setattr(placement, "_WEIGHTS_SHARE", room)
     assert (sharing_group(typed(composed(*words)), folder, precision="fp32") is not None) == shared
     assert sharing_group(typed(composed(*words, "corpus=server")), folder, precision="fp32") is None
     monkeypatch.setattr(processes, "_GROUP", None)
     assert sharing_group(typed(composed(*words)), folder, precision="fp32") is None
-
-
-def test_weights_are_counted_in_the_arithmetic_they_will_have(alone: Workplace) -> None:
-    folder = alone.root / "target"
-    assert weight_bytes(folder, precision="fp32") == 2 * weight_bytes(folder, precision="bf16")
-    # The file holds fp32 weights and a header.
-    assert 0 < (folder / "model.safetensors").stat().st_size - weight_bytes(folder, precision="fp32") < 10_000
 
 
 def test_an_unknown_way_is_refused() -> None:
@@ -175,3 +179,5 @@ def test_an_unknown_way_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"processes.corpus is 'both'; use one of auto, data, tensor"):
         ProcessesConfig(corpus="both")
+    with pytest.raises(ValueError, match=r"processes.decode is 'data'; use one of auto, one, tensor"):
+        ProcessesConfig(decode="data")

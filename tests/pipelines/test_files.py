@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -148,3 +150,43 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.sha256_file(tmp_path / "abc") == files.sha256_bytes(b"abc") == expected
+
+
+def test_several_files_are_hashed_side_by_side_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    together = threading.Barrier(3, timeout=20)  # which no thread passes before three are there
+
+    def work(number: int) -> int:
+        together.wait()
+        time.sleep(0.02 * (3 - number % 3))  # later ones are done first
+        return 10 * number
+
+    assert files.side_by_side(work, range(6)) == [0, 10, 20, 30, 40, 50]
+    assert files.side_by_side(str, []) == []
+    # A single one, and one processor, need no thread.
+    here = threading.get_ident()
+    assert files.side_by_side(lambda _: threading.get_ident(), [0]) == [here]
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert files.side_by_side(lambda _: threading.get_ident(), [0, 1]) == [here, here]
+
+
+def test_of_several_failures_the_first_in_order_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+    def work(name: str) -> None:
+        if name == "b":
+            time.sleep(0.05)  # the later failure comes first
+        if name in "bc":
+            raise InputError("damaged", where=name)
+
+    with pytest.raises(InputError, match=r"damaged \[b\]"):
+        files.side_by_side(work, ["a", "b", "c", "d"])
+
+
+def test_the_digest_of_a_folder_is_made_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b", "deep/a"):
+        (tmp_path / name).write_text(name)
+    by_name = {name: files.sha256_bytes(name.encode()) for name in ("b", "deep/a")}
+    assert files.content_digest(tmp_path) == files.sha256_bytes(files.canonical_json(by_name))
+    assert files.content_digest(tmp_path / "none") is None

@@ -123,6 +123,9 @@ def test_other_tokens_than_the_score_are_refused(load: Callable[..., Pair], tmp_
     with pytest.raises(InputError, match="p1 at temperature 0 gave other tokens than its score"):
         write_examples(pair, [wrong], tmp_path / "examples.json")
     assert not list(tmp_path.iterdir()), "nothing half-written"
+    # Of captured rounds sampled answers are others, so that nothing is wrong.
+    shown = replay(pair, replace(wrong, captured_positions=64))
+    assert shown.answer == generated(pair, wrong).text
 
 
 def test_what_is_written_is_read_back(load: Callable[..., Pair], tmp_path: Path) -> None:
