@@ -147,7 +147,7 @@ class Rounds:
             if not widths:
                 for index in members:
                     self._reset(places[index], active=1)
-                    self.anchors[places[index]] = prompts[index][0]
+                    self.anchors[places[index]].fill_(prompts[index][0])
                 continue
             most = self._rows_at_once(widths)
             for first in range(0, len(members), most):

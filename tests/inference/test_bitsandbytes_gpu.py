@@ -24,6 +24,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 
 
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # of a model as small as this one
 @pytest.mark.parametrize("weight_format", ["nf4", "int8"])
 def test_a_packed_draft_keeps_the_targets_greedy_tokens(tmp_path: Path, weight_format: str) -> None:
     folder = write_model(tmp_path / "target", layers=3)

@@ -6,6 +6,7 @@ kernel, which is what warms it up, its second one is captured; all of them count
 the first step on and are added to there. Without a GPU the same work runs uncaptured.
 """
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,14 @@ class CapturedEngine(PlainEngine):
         if self._stream is None:
             return _Program(None, inputs, LossOutput(torch.zeros(()), 0.0))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            output = self._backward(inputs)
+        collecting = gc.isenabled()
+        gc.disable()  # a graph or an event that is freed while another graph is captured spoils that one
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = self._backward(inputs)
+        finally:
+            if collecting:
+                gc.enable()
         self._pool = self._pool or graph.pool()
         return _Program(graph, inputs, output)
 
