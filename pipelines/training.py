@@ -330,4 +330,5 @@ def _keep_resident(task: FeatureDistillation, name: str) -> None:
         said = f"the corpus needs {wanted / 2**30:.1f} GiB of the device twice, {room / 2**30:.1f} are free"
         logger.info("%s: %s, so steps run kernel by kernel", name, said)
         return
+    logger.info("%s: %.1f GiB of the corpus onto the device", name, wanted / 2**30)
     task.keep_resident()

@@ -70,7 +70,8 @@ class BlockNetwork(FeatureNetwork):
     def context(self, features: Tensor, positions: Tensor) -> KeysValues:
         """Keys and values of every layer for features `[batch, T, m * D]` at positions `[batch, T]`."""
         projected = self.hidden_norm(self.fc(features))
-        return [layer.self_attn.keys_values(projected, positions) for layer in self.stack]
+        rope = self.stack[0].self_attn.rope(positions, projected)
+        return [layer.self_attn.keys_values(projected, rope) for layer in self.stack]
 
     def run(self, anchors: Tensor, positions: Tensor, context: KeysValues, mask: Tensor | None) -> Tensor:
         """Final states of blocks.
@@ -89,9 +90,9 @@ class BlockNetwork(FeatureNetwork):
         masks = self.mask_vector.to(embedded.dtype).expand(batch, count, self.width - 1, -1)
         states = torch.cat([embedded[:, :, None], masks], dim=2).reshape(batch, count * self.width, -1)
         slots = torch.arange(self.width, device=anchors.device)
-        places = (positions[..., None] + slots).reshape(batch, -1)
+        rope = self.stack[0].self_attn.rope((positions[..., None] + slots).reshape(batch, -1), states)
         for layer, keys_values in zip(self.stack, context, strict=True):
-            states = layer(states, places, keys_values, mask)
+            states = layer(states, rope, keys_values, mask)
         final: Tensor = self.norm(states).reshape(batch, count, self.width, -1)
         return final[:, :, self.extra :]
 

@@ -76,7 +76,11 @@ def _rope_theta(parameters: Any) -> float:
     return 10_000.0
 
 
-def rotary(positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of positions, `[batch, 1, T, head_dim]`."""
+
+
+def rotary(positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
     """Cosines and sines for positions `[batch, T]`: two tensors `[batch, 1, T, head_dim]`, halves repeated."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions[:, None, :, None].double() * theta**-exponent
@@ -84,7 +88,7 @@ def rotary(positions: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(states: Tensor, rope: Rope) -> Tensor:
     """Rotate states `[batch, heads, T, head_dim]` to their positions."""
     cos, sin = rope
     first, second = states.chunk(2, dim=-1)
@@ -144,22 +148,23 @@ class DraftAttention(nn.Module):
         self.q_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
         self.k_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
 
-    def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor, like: Tensor) -> Rope:
+        """Of positions `[batch, T]`, in the arithmetic of states; the same for all layers of a draft."""
+        return rotary(positions, head_dim=self.shape.head_dim, theta=self.shape.rope_theta, dtype=like.dtype)
+
+    def keys_values(self, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys at their positions, and values, `[batch, kv_heads, T, head_dim]`, of states `[batch, T, inputs]`."""
         batch, length, _ = states.shape
         split = (batch, length, self.shape.kv_heads, self.shape.head_dim)
         keys = self.k_norm(self.k_proj(states).reshape(split)).transpose(1, 2)
         values = self.v_proj(states).reshape(split).transpose(1, 2)
-        return rotate(keys, self._rope(positions, states.dtype)), values
+        return rotate(keys, rope), values
 
-    def queries(self, states: Tensor, positions: Tensor) -> Tensor:
+    def queries(self, states: Tensor, rope: Rope) -> Tensor:
         """Queries at their positions, `[batch, heads, Q, head_dim]`, of states `[batch, Q, inputs]`."""
         batch, length, _ = states.shape
         queries = self.q_proj(states).reshape(batch, length, self.shape.heads, self.shape.head_dim)
-        return rotate(self.q_norm(queries).transpose(1, 2), self._rope(positions, states.dtype))
-
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return rotary(positions, head_dim=self.shape.head_dim, theta=self.shape.rope_theta, dtype=dtype)
+        return rotate(self.q_norm(queries).transpose(1, 2), rope)
 
 
 class DraftMLP(nn.Module):
@@ -187,19 +192,19 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = Norm(shape.hidden, eps=shape.eps)
         self.mlp = DraftMLP(shape)
 
-    def forward(self, block: Tensor, positions: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, block: Tensor, rope: Rope, context: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Block states `[batch, Q, D]` after the layer.
 
         Args:
             block: `[batch, Q, D]`.
-            positions: `[batch, Q]`.
+            rope: of its positions.
             context: keys and values `[batch, kv_heads, T, head_dim]`.
             mask: bool `[batch, 1, Q, T + Q]`, context first; None lets every query see everything.
         """
         normed = self.input_layernorm(block)
-        keys, values = self.self_attn.keys_values(normed, positions)
+        keys, values = self.self_attn.keys_values(normed, rope)
         keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
-        mixed = attend(self.self_attn.queries(normed, positions), keys, values, mask)
+        mixed = attend(self.self_attn.queries(normed, rope), keys, values, mask)
         block = block + self.self_attn.o_proj(mixed)
         result: Tensor = block + self.mlp(self.post_attention_layernorm(block))
         return result

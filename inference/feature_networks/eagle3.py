@@ -23,6 +23,7 @@ from inference.feature_networks._layers import (
     DraftMLP,
     DraftShape,
     Norm,
+    Rope,
     attend,
     plain_norm,
     same_parts,
@@ -58,7 +59,7 @@ class _Chain:
     """The blocks of R requests while they are being sampled."""
 
     hidden: Tensor  # shape: [R, 1, D], the output of the step before
-    positions: Tensor  # shape: [R, 1], of the next step
+    ropes: Rope  # shape: [R, 1, G, head_dim], of all steps
     keys: Tensor  # shape: [R, kv_heads, K, head_dim], context and own steps
     values: Tensor
     mask: Tensor | None  # shape: [R, 1, 1, K]
@@ -91,7 +92,7 @@ class Eagle3(FeatureNetwork):
         # Entry t reads token t + 1; the last column's is never seen, because an anchor sees entries before its own.
         following = torch.roll(batch.tokens, -1, dims=1)
         entries = layer.entries(self.embed(following, fused), fused)
-        keys, values = attention.keys_values(entries, batch.positions)
+        keys, values = attention.keys_values(entries, attention.rope(batch.positions, entries))
         mask = batch.context_mask()
         before = (batch.anchors - 1).clamp(min=0)
         hidden = fused.gather(1, before[..., None].expand(-1, -1, fused.shape[-1]))
@@ -101,11 +102,12 @@ class Eagle3(FeatureNetwork):
         outputs = []
         for step in range(self.block):
             entry = layer.entries(self.embed(tokens[:, :, step], hidden), hidden)
+            rope = attention.rope(positions + step, entry)
             if step:
-                more = attention.keys_values(entry, positions + step)
+                more = attention.keys_values(entry, rope)
                 keys, values = torch.cat([keys, more[0]], dim=2), torch.cat([values, more[1]], dim=2)
                 mask = torch.cat([mask, own], dim=2)
-            mixed = attend(attention.queries(entry, positions + step), keys, values, mask[:, None])
+            mixed = attend(attention.queries(entry, rope), keys, values, mask[:, None])
             hidden = layer.finish(hidden, mixed)
             outputs.append(hidden)
         states: Tensor = self.norm(torch.stack(outputs, dim=2))
@@ -143,22 +145,25 @@ class Eagle3(FeatureNetwork):
         """See `FeatureNetwork.read`. The last fused feature is kept: the next block starts from it."""
         fused = self.fc(features[None].to(self.norm.weight.dtype))
         entries = self.layer.entries(self.embed(next_tokens[None], fused), fused)
-        positions = cache.coming(features.shape[0], features.device)
-        cache.extend([self.layer.self_attn.keys_values(entries, positions)])
+        rope = self.layer.self_attn.rope(cache.coming(features.shape[0], features.device), entries)
+        cache.extend([self.layer.self_attn.keys_values(entries, rope)])
         cache.keep_last(fused)
 
     def begin_block(self, anchors: Tensor, cache: DraftContext) -> _Chain:
         """The chain before its first step; that step's own entry is the last of the context."""
         [(keys, values)] = cache.keys_values()
-        return _Chain(cache.last, cache.lengths(anchors.device)[:, None] - 1, keys, values, cache.mask(), cache)
+        steps = torch.arange(-1, self.block - 1, device=anchors.device)
+        ropes = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
+        return _Chain(cache.last, ropes, keys, values, cache.mask(), cache)
 
     def step(self, block: _Chain, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`."""
         layer, attention = self.layer, self.layer.self_attn
         entry = layer.entries(self.embed(previous[:, None], block.hidden), block.hidden)
+        rope = block.ropes[0][:, :, slot : slot + 1], block.ropes[1][:, :, slot : slot + 1]
         if slot:
-            own = attention.keys_values(entry, block.positions)
+            own = attention.keys_values(entry, rope)
             block.keys, block.values, block.mask = block.context.lengthen(*own)
-        mixed = attend(attention.queries(entry, block.positions), block.keys, block.values, block.mask)
-        block.hidden, block.positions = layer.finish(block.hidden, mixed), block.positions + 1
+        mixed = attend(attention.queries(entry, rope), block.keys, block.values, block.mask)
+        block.hidden = layer.finish(block.hidden, mixed)
         return Step(self.base_logits(self.norm(block.hidden))[:, 0])

@@ -324,7 +324,7 @@ def test_a_copied_layer_does_to_the_states_it_knows_what_it_did_in_the_target(ll
     empty = torch.zeros(1, 2, 0, 8, dtype=torch.float64)
     position = torch.tensor([[3]])
     with torch.inference_mode():
-        found = layer(states, position, (empty, empty), None)
+        found = layer(states, layer.self_attn.rope(position, states), (empty, empty), None)
         rope = llama.model.model.rotary_emb(states, position)
         expected = llama.model.model.layers[-1](states, position_embeddings=rope, attention_mask=None)
     # transformers computes the rotation's angles in fp32.

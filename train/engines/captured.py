@@ -7,8 +7,9 @@ the first step on and are added to there. Without a GPU the same work runs uncap
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,12 @@ class _Program:
     """A captured micro-batch.
 
     Attributes:
-        graph: None without a GPU.
         inputs: what it reads; a batch is copied there.
-        output: what it leaves, overwritten by every replay.
+        run: adds its gradients and gives its sums.
     """
 
-    graph: Any
     inputs: Batch
-    output: LossOutput
+    run: Callable[[], LossOutput]
 
 
 class CapturedEngine(PlainEngine):
@@ -61,7 +60,9 @@ class CapturedEngine(PlainEngine):
         program = self._programs[shape]
         if program is None:
             program = self._programs[shape] = self._captured(batch)
-        return _replayed(program, batch, self._backward)
+        for name, tensor in batch.items():
+            program.inputs[name].copy_(tensor, non_blocking=True)
+        return program.run()
 
     def _warmed_up(self, batch: Batch) -> LossOutput:
         """A shape's first micro-batch, kernel by kernel."""
@@ -76,7 +77,7 @@ class CapturedEngine(PlainEngine):
     def _captured(self, batch: Batch) -> _Program:
         inputs = {name: tensor.to(self._device, copy=True) for name, tensor in batch.items()}
         if self._stream is None:
-            return _Program(None, inputs, LossOutput(torch.zeros(()), 0.0))
+            return _Program(inputs, partial(self._backward, inputs))
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # a graph or an event that is freed while another graph is captured spoils that one
@@ -87,17 +88,12 @@ class CapturedEngine(PlainEngine):
             if collecting:
                 gc.enable()
         self._pool = self._pool or graph.pool()
-        return _Program(graph, inputs, output)
 
+        def replay() -> LossOutput:
+            graph.replay()
+            return _copied(output)
 
-def _replayed(program: _Program, batch: Batch, uncaptured: Any) -> LossOutput:
-    for name, tensor in batch.items():
-        program.inputs[name].copy_(tensor, non_blocking=True)
-    if program.graph is None:
-        output: LossOutput = uncaptured(program.inputs)
-        return output
-    program.graph.replay()
-    return _copied(program.output)
+        return _Program(inputs, replay)
 
 
 def _copied(output: LossOutput) -> LossOutput:
