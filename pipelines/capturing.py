@@ -106,6 +106,7 @@ def captured_features(
     taps: list[int],
     *,
     spread: bool,
+    resident: bool,
 ) -> FeaturesOf:
     """Features by sample: the corpus's own where it kept these layers; else captured beside the draft, each process its
     share of the shards, if the disk has room; else from the target again whenever a batch asks.
@@ -118,11 +119,17 @@ def captured_features(
         shards: of the corpus.
         taps: layers the draft reads.
         spread: whether the target's layers lie in several processes.
+        resident: keep them on a GPU that has room for them.
     """
+
+    def opened(folder: Path) -> FeaturesOf:
+        shards_of = FeatureShards(folder, shards, taps=taps)
+        return (shards_of.resident(target.device) if resident else shards_of).of
+
     kept = company.together(lambda: kept_taps(corpus))
     if set(taps) <= set(kept):
         let_layers_go(target)
-        return company.together(lambda: FeatureShards(corpus, shards, taps=taps).resident(target.device).of)
+        return company.together(lambda: opened(corpus))
     folder = folder / FEATURES
     size, room = _needed_bytes(folder, shards, target, len(taps)), _room_bytes(folder.parent)
     size, room = json.loads(company.of_first(json.dumps([size, room])))
@@ -146,7 +153,7 @@ def captured_features(
         idle=(lambda: capture_features(target, shards[0][0], taps)) if spread else None,
     )
     let_layers_go(target)
-    return company.together(lambda: FeatureShards(folder, shards, taps=taps).resident(target.device).of)
+    return company.together(lambda: opened(folder))
 
 
 def _needed_bytes(folder: Path, shards: Sequence[StoredSamples], target: CausalModel, num_taps: int) -> int:

@@ -304,14 +304,17 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
     if network.vocabulary is not None and company.rank == 0:
         said = (draft.kind, len(network.vocabulary), 100 * covered)
         logger.info("%s proposes %d tokens, %.1f %% of the target's mass", *said)
-    features = captured_features(lesson.corpus, lesson.folder, company, target, shards, network.taps, spread=spread)
+    captures = company.group is None and lesson.trainer.captures(target.device.type)
+    features = captured_features(
+        lesson.corpus, lesson.folder, company, target, shards, network.taps, spread=spread, resident=not captures
+    )
     task = company.together(
         lambda: FeatureDistillation(
             network, target, samples, features_of=features, objective=cfg.objective.build(), seed=cfg.seed
         )
     )
 
-    if company.group is None and lesson.trainer.captures(target.device.type):
+    if captures:
         company.together(lambda: _keep_resident(task, lesson.name))
 
     def save(folder: Path) -> None:

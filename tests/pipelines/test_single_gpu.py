@@ -56,7 +56,7 @@ def test_it_says_what_it_does_in_numbers_and_in_bf16() -> None:
     with initialize_config_module("conf", version_base="1.3"):
         cfg = config.typed(compose("config", overrides=["experiment=single_gpu"]))
     assert set(cfg.draft) == {"none", *KINDS}
-    assert (cfg.trainer.precision, cfg.trainer.steps, cfg.budget.responses) == ("bf16", 3000, 6144)
+    assert (cfg.trainer.precision, cfg.trainer.steps, cfg.budget.responses) == ("bf16", 15000, 12288)
     per_step = {(cfg.draft[kind].sequences_per_step, cfg.draft[kind].anchors) for kind in KINDS}
     assert len(per_step) == 1, "the same conversations and anchors for all"
     assert cfg.lookahead.calibrates
