@@ -7,6 +7,7 @@
 `pair.json` names kinds, never code. The target it was made for is checked by digest before anything is decoded.
 """
 
+import functools
 import logging
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from inference.decoder import decode
 from inference.device_profile import device_name, device_profile, library_versions
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.errors import InputError
+from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_OFF
+from inference.graphed.growing import GrowingDecoder, growing_decoder
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
@@ -70,6 +73,10 @@ class Pair:
         drafter: proposes tokens.
         lookahead: how many.
         target_digest: of the target that decodes; another than the pair's own where that was allowed.
+        captured: whether `generate` goes by captured rounds, see `load_pair`.
+
+    Raises:
+        InputError: `captured` is `on`, and the pair cannot be.
     """
 
     info: dict[str, Any]
@@ -77,6 +84,14 @@ class Pair:
     drafter: Drafter
     lookahead: Lookahead
     target_digest: str
+    captured: str = CAPTURED_OFF
+
+    def __post_init__(self) -> None:
+        self._rounds  # noqa: B018  (what cannot be captured is refused now; nothing is captured yet)
+
+    @functools.cached_property
+    def _rounds(self) -> GrowingDecoder | None:
+        return growing_decoder(self.target, self.drafter, self.lookahead, asked=self.captured)
 
     def serves(self, digest: str, *, precision: str, device: torch.device, attention: str) -> bool:
         """Whether its target is this one: the same weights in the same arithmetic, at the same place."""
@@ -116,13 +131,17 @@ class Pair:
         domain: str = "",
         request_id: str | None = None,
     ) -> Generated:
-        """Answer losslessly: the output is the target's own.
+        """Answer losslessly: the output is the target's own. One request at a time; drafter and buffers are its own.
+
+        By captured rounds a sampled answer follows the same law by other draws than kernel by kernel, so that one seed
+        gives two answers; and its seconds by part are no measurement of this request (docs/gpu.md).
 
         Args:
             prompt: a user's message, or messages with `role` and `content`.
             temperature: 0 is greedy.
             max_new_tokens: longest answer.
-            top_k: see `inference.sampling_settings.SamplingSettings`.
+            top_k: see `inference.sampling_settings.SamplingSettings`. With this and the next two, answers come from the
+                ordinary decoder.
             top_p: likewise.
             repetition_penalty: likewise.
             seed: fixes a sampled answer.
@@ -132,20 +151,18 @@ class Pair:
             request_id: unique, for that log; None makes one up.
 
         Raises:
-            InputError: no chat template, or the prompt does not fit the context.
+            InputError: no chat template, the prompt does not fit the context, or captured rounds were asked for with
+                `on` and do not follow this request.
             ValueError: sampling settings out of range.
         """
         settings = SamplingSettings(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
         )
         stream = None if on_text is None else _TextStream(self.target, on_text)
-        decoded = decode(
-            self.target,
-            self.drafter,
+        decoded = self._decoded(
             self.prompt_tokens(prompt),
-            request=Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(self.target)),
-            lookahead=self.lookahead,
-            generator=TorchSource.seeded(seed, device=self.target.device),
+            Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(self.target)),
+            seed=seed,
             on_tokens=None if stream is None else stream.add,
         )
         if stream is not None:
@@ -165,6 +182,24 @@ class Pair:
             )
             traffic.append(record)
         return answer
+
+    def _decoded(
+        self, prompt: torch.Tensor, request: Request, *, seed: int, on_tokens: Callable[[list[int]], None] | None
+    ) -> Decoded:
+        """By captured rounds where these are asked for and follow, else by the ordinary decoder."""
+        if self._rounds is not None:
+            decoded = self._rounds.decode(prompt, request=request, seed=seed, on_tokens=on_tokens)
+            if decoded is not None:
+                return decoded
+        return decode(
+            self.target,
+            self.drafter,
+            prompt,
+            request=request,
+            lookahead=self.lookahead,
+            generator=TorchSource.seeded(seed, device=self.target.device),
+            on_tokens=on_tokens,
+        )
 
 
 class _TextStream:
@@ -194,6 +229,7 @@ def load_pair(
     cache: Path = DEFAULT_CACHE,
     other_target: bool = False,
     beside: Pair | None = None,
+    captured: str = CAPTURED_AUTO,
 ) -> Pair:
     """Load a published pair from its files alone.
 
@@ -205,9 +241,14 @@ def load_pair(
         other_target: take a target with other weights than the one the pair was made for: output is then that target's
             own, as lossless as ever, and only acceptance suffers, until the pair is re-aligned.
         beside: a pair that is loaded already; where its target is the same in the same arithmetic, it is shared.
+        captured: whether its `generate` goes by captured rounds (docs/gpu.md): `auto` on a GPU, where target, draft and
+            policy can be captured; `on` anywhere, on a CPU the same rounds uncaptured, and what cannot is refused;
+            `off` nowhere. Nothing else that decodes with the pair goes by it.
 
     Raises:
-        InputError: the folder holds no pair, the target is not the one it was made for, or the draft does not fit.
+        InputError: the folder holds no pair, the target is not the one it was made for, the draft does not fit, or
+            `captured` is `on` and the pair cannot be.
+        ValueError: `captured` is another word.
     """
     folder = Path(folder)
     info = read_pair(folder)
@@ -237,7 +278,7 @@ def load_pair(
     lookahead = load_lookahead(
         decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)
     )
-    return Pair(info, model, drafter, lookahead, digest)
+    return Pair(info, model, drafter, lookahead, digest, captured)
 
 
 def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured | None] = lambda: None) -> Lookahead:

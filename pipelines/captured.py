@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from inference.costs import RoundCosts
 from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, captured_decoder, longest_block
+from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import GraphedDecoder, follows
 from inference.graphed.timing import costs_of
 from inference.scoring import Arm
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.report import markdown_table
-from pipelines.stage_config import CAPTURED_AUTO, CAPTURED_ON
 
 if TYPE_CHECKING:
     from pipelines.score_plan import ScorePlan

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from inference.errors import InputError
+from inference.graphed.asked import CAPTURED_OFF
 from inference.pair import load_pair
 from inference.pair_files import DEFAULT_CACHE
 from pipelines.exports.write import SERVE_FOLDER, write_exports
@@ -38,7 +39,7 @@ def finish(folder: Path, *, exports: list[str], cache: Path, device: str = "auto
     if exports:
         only = [name for name in exports if name != ALL]
         write_exports(folder, folder / SERVE_FOLDER, cache=cache, device=device, only=only)
-    pair = load_pair(folder, device=device, cache=cache)
+    pair = load_pair(folder, device=device, cache=cache, captured=CAPTURED_OFF)
     count = verify_loaded(folder, pair)
     domains = {record.prompt_id: record.domain for record in read_records(folder / RECORDS_FILE)}
     write_examples(pair, read_checks(folder), folder / EXAMPLES_FILE, domains=domains)

@@ -30,6 +30,7 @@ from inference.batch.load_figures import (
     load_figures,
 )
 from inference.errors import InputError
+from inference.graphed.asked import CAPTURED_OFF
 from inference.scoring import explain_mismatch, request_seed
 from inference.statistics import BASELINE
 from pipelines.artifacts import Artifact, Spec, Work
@@ -43,7 +44,7 @@ from pipelines.load_bench import Bench, load_policy
 from pipelines.load_captured import captures
 from pipelines.load_report import claim_lines, load_markdown, load_plot, point_name
 from pipelines.progress import tracked
-from pipelines.stage_config import CAPTURED_OFF, LoadConfig
+from pipelines.stage_config import LoadConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from inference.feature_drafts.medusa import Config as Medusa
 from inference.feature_networks import FeatureNetwork
 from inference.feature_networks._checkpoint import CONFIG_FILE
 from inference.graphed.arms import can_be_captured
+from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import follows
 from inference.graphed.depths import Depths, FixedDepth, ScheduledDepth, load_seconds
 from inference.graphed.engine import GraphedEngine, round_sizes
@@ -33,7 +34,6 @@ from inference.statistics import BASELINE
 from pipelines.config import RunConfig
 from pipelines.files import read_json, write_json
 from pipelines.progress import tracked
-from pipelines.stage_config import CAPTURED_AUTO, CAPTURED_ON
 
 logger = logging.getLogger(__name__)
 

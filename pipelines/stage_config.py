@@ -5,6 +5,7 @@ from here so that a configuration is composed without torch.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from inference.graphed.asked import CAPTURED, CAPTURED_AUTO
 from inference.statistics import BASELINE
 from pipelines.registry import is_name
 
@@ -14,14 +15,11 @@ if TYPE_CHECKING:
 ALL = "all"
 """In place of the names of exports: those that fit the draft."""
 
-CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF = "auto", "on", "off"
-
 
 def _check_captured(stage: str, asked: str) -> None:
-    if asked not in (CAPTURED_AUTO, CAPTURED_ON, CAPTURED_OFF):
+    if asked not in CAPTURED:
         raise ValueError(
-            f"{stage}.captured is {asked!r}; choose one of {CAPTURED_AUTO}, {CAPTURED_ON}, {CAPTURED_OFF}, in quotes "
-            "in a YAML file"
+            f"{stage}.captured is {asked!r}; choose one of {', '.join(CAPTURED)}, in quotes in a YAML file"
         )
 
 

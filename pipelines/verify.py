@@ -16,6 +16,7 @@ from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.errors import InputError
 from inference.graphed.arms import decoder_of_capacity
+from inference.graphed.asked import CAPTURED_OFF
 from inference.graphed.decode import GraphedDecoder
 from inference.pair import Pair, load_pair
 from inference.pair_files import DEFAULT_CACHE, read_pair
@@ -123,7 +124,7 @@ def verify(folder: Path, *, cache: Path, device: str = "auto") -> int:
         file = folder / "draft" / name
         if not file.is_file() or sha256_file(file) != digest:
             raise InputError("a file of the draft was changed or damaged", where=str(file), mend="publish it again")
-    return verify_loaded(folder, load_pair(folder, device=device, cache=cache))
+    return verify_loaded(folder, load_pair(folder, device=device, cache=cache, captured=CAPTURED_OFF))
 
 
 def verify_loaded(folder: Path, pair: Pair) -> int:

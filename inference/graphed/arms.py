@@ -13,6 +13,7 @@ from inference.feature_networks.medusa import Medusa
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.target import ALIGNMENT
+from inference.graphed.timing import RoundSeconds
 from inference.model import CausalModel
 
 
@@ -37,7 +38,14 @@ def capacity_for(target: CausalModel, tokens: int, *, block: int) -> int:
     return -(-needed // ALIGNMENT) * ALIGNMENT
 
 
-def captured_decoder(target: CausalModel, drafter: Drafter, *, block: int, tokens: int) -> GraphedDecoder:
+def captured_decoder(
+    target: CausalModel,
+    drafter: Drafter,
+    *,
+    block: int,
+    tokens: int,
+    timed: dict[tuple[int, bool], RoundSeconds] | None = None,
+) -> GraphedDecoder:
     """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
 
     Args:
@@ -45,14 +53,23 @@ def captured_decoder(target: CausalModel, drafter: Drafter, *, block: int, token
         drafter: see `can_be_captured`; its network's weights are shared.
         block: tokens proposed a round, at most `longest_block`; 0 without a draft.
         tokens: of the longest request, prompt and answer.
+        timed: see `GraphedDecoder`.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
     """
-    return decoder_of_capacity(target, drafter, block=block, capacity=capacity_for(target, tokens, block=block))
+    capacity = capacity_for(target, tokens, block=block)
+    return decoder_of_capacity(target, drafter, block=block, capacity=capacity, timed=timed)
 
 
-def decoder_of_capacity(target: CausalModel, drafter: Drafter, *, block: int, capacity: int) -> GraphedDecoder:
+def decoder_of_capacity(
+    target: CausalModel,
+    drafter: Drafter,
+    *,
+    block: int,
+    capacity: int,
+    timed: dict[tuple[int, bool], RoundSeconds] | None = None,
+) -> GraphedDecoder:
     """`captured_decoder` with so many positions: buffers of another length may round otherwise.
 
     Args:
@@ -60,6 +77,7 @@ def decoder_of_capacity(target: CausalModel, drafter: Drafter, *, block: int, ca
         drafter: likewise.
         block: likewise.
         capacity: positions of a request, as `GraphedDecoder.rounds` had them.
+        timed: likewise.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
@@ -68,7 +86,7 @@ def decoder_of_capacity(target: CausalModel, drafter: Drafter, *, block: int, ca
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
     _check_windows(target, capacity)
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
-    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity))
+    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity), timed=timed)
 
 
 def _check_windows(target: CausalModel, capacity: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from inference.batch.ragged import check_ragged
 from inference.errors import InputError
-from inference.lean import lean_layers, rolled_tables
+from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
 
@@ -39,8 +39,8 @@ class StaticTarget:
         features: bf16 `[B, C, m * D]`, likewise.
 
     Raises:
-        InputError: layers of another make, layers that do not see all positions, or positions that depend on other
-            requests.
+        InputError: layers of another make, layers that do not see all positions, positions that depend on other
+            requests, or another capacity.
     """
 
     def __init__(
@@ -53,12 +53,13 @@ class StaticTarget:
         keep_states: bool = False,
         keep_features: bool = False,
     ) -> None:
-        check_ragged(target)
+        layers = static_layers(target)
         _check_windows(target, capacity)
-        layers = lean_layers(target.model)
-        if layers is None or capacity % ALIGNMENT:
+        if capacity % ALIGNMENT:
             raise InputError(
-                "this target's layers cannot be captured", where="target", mend="decode without captured rounds"
+                f"{capacity} positions are no multiple of {ALIGNMENT}",
+                where="target",
+                mend="decode with another capacity, or without captured rounds",
             )
         self.target, self.batch, self.capacity, self.taps = target, batch, capacity, tuple(taps)
         self._layers = layers
@@ -151,6 +152,21 @@ class StaticTarget:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return self._held.nbytes
+
+
+def static_layers(target: CausalModel) -> list[LeanLayer]:
+    """The layers of a target that can be run in fixed shapes, as far as that does not depend on the length of requests.
+
+    Raises:
+        InputError: layers of another make, or positions that depend on other requests.
+    """
+    check_ragged(target)
+    layers = lean_layers(target.model)
+    if layers is None:
+        raise InputError(
+            "this target's layers cannot be captured", where="target", mend="decode without captured rounds"
+        )
+    return layers
 
 
 def _check_windows(target: CausalModel, capacity: int) -> None:

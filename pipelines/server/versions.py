@@ -10,6 +10,7 @@ from inference.batch.costs import LoadCosts
 from inference.batch.engine import BatchEngine
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError, first_line
+from inference.graphed.asked import CAPTURED_OFF
 from inference.lookahead.fixed import FixedLookahead
 from inference.pair import Pair, load_pair
 from inference.pair_files import PAIR_FILE
@@ -76,6 +77,7 @@ def load_version(settings: PairSettings, *, beside: Version | None = None) -> Ve
         cache=settings.cache,
         other_target=settings.other_target,
         beside=None if beside is None else beside.pair,
+        captured=CAPTURED_OFF,
     )
     lookahead = pair.lookahead if settings.lookahead is None else FixedLookahead(settings.lookahead)
     engine = BatchEngine(

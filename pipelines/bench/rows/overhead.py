@@ -11,6 +11,7 @@ from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
+from inference.graphed.asked import CAPTURED_OFF
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookup_settings import LookupSettings
@@ -82,7 +83,13 @@ class Config:
         """Target, draft, policy, and a sentence on them."""
         options = bench.options
         if options.pair is not None:
-            pair = load_pair(options.pair, target=options.target, device=options.device, cache=options.cache)
+            pair = load_pair(
+                options.pair,
+                target=options.target,
+                device=options.device,
+                cache=options.cache,
+                captured=CAPTURED_OFF,
+            )
             return pair.target, pair.drafter, pair.lookahead, f"the pair {options.pair}"
         target = bench.target(bench.block_precision)
         policy = FixedLookahead(self.tokens)
