@@ -92,7 +92,7 @@ class FeatureDistillation:
         selection = select(samples, usable=self._usable, max_tokens=self.config.max_tokens, draft=self.config.kind)
         self.train, self.validation, self.counts = selection.train, selection.validation, selection.counts
         self._resident: ResidentCorpus | None = None
-        self._written: list[tuple[Tensor, Tensor]] = []
+        self._places: list[tuple[Tensor, Tensor]] = []  # of resident conversations, where anchors may be: see `_drawn`
         # Conversations are packed, so their lengths decide nothing.
         lengths = np.zeros(len(self.train), dtype=np.int64)
         self._order = Order(lengths, size=self.config.sequences_per_step, window=0, seed=seed)
@@ -125,7 +125,7 @@ class FeatureDistillation:
         self._resident = ResidentCorpus(
             self.train, self.features_of, device=self.target.device, max_tokens=self.config.max_tokens
         )
-        self._written = [
+        self._places = [
             (self._candidates(sample, prompts=True).int(), self._candidates(sample).int()) for sample in self.train
         ]
 
@@ -150,7 +150,7 @@ class FeatureDistillation:
             pairs = zip(samples, draws, strict=True)
             return self.collate([self._piece(s, count=count, share=share, generator=draw) for s, draw in pairs])
         anchors = [
-            _drawn(*self._written[place], count=count, share=share, generator=draw).long()
+            _drawn(*self._places[place], count=count, share=share, generator=draw).long()
             for place, draw in zip(places, draws, strict=True)
         ]
         return self._resident.batch(places, anchors, count=count)

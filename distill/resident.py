@@ -55,11 +55,8 @@ class ResidentCorpus:
             self._mask[rows] = sample.mask[:length].to(device)
             self._stated[rows] = stated.to(device)
             self._features[rows] = features_of(sample)[:length].to(device)
-            known = sample.states_of(stated).to(device)
-            if known.shape[0] == length - 1 and not bool(stated[0]):
-                self._states[start + 1 : start + length] = known
-            else:
-                self._states[start + stated.nonzero()[:, 0].to(device)] = known
+            places = start + stated.nonzero()[:, 0].to(device)
+            self._states[places] = sample.states_of(stated).to(device)
 
     def batch(self, places: Sequence[int], anchors: Sequence[Tensor], *, count: int) -> dict[str, Tensor]:
         """Where the conversations of a step begin and end, and their anchors.

@@ -6,6 +6,7 @@ The baseline is captured whenever anything is: a draft is compared with the fast
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inference.costs import RoundCosts
@@ -30,7 +31,7 @@ FIXED = "fixed"
 
 def captures(cfg: RunConfig) -> bool:
     """Whether a score of this configuration asks for captured rounds and can follow it with them, targets apart."""
-    return _asked(cfg) and not _obstacle(cfg)
+    return asks(cfg, cfg.score.captured) and not obstacle(cfg, cfg.score.temperatures)
 
 
 def captured_arms(context: RunContext, arms: dict[str, Arm]) -> dict[str, Arm]:
@@ -44,9 +45,9 @@ def captured_arms(context: RunContext, arms: dict[str, Arm]) -> dict[str, Arm]:
         InputError: `score.captured=on` with a target that cannot be captured.
     """
     cfg = context.cfg
-    if not _asked(cfg):
+    if not asks(cfg, cfg.score.captured):
         return arms
-    if reason := _obstacle(cfg):
+    if reason := obstacle(cfg, cfg.score.temperatures):
         logger.info("no captured rounds: %s", reason)
         return arms
     own = {name: arm for name, arm in arms.items() if can_be_captured(arm.drafter)}
@@ -63,15 +64,14 @@ def captured_arms(context: RunContext, arms: dict[str, Arm]) -> dict[str, Arm]:
     return {name: made.get(name, arm) for name, arm in arms.items()}
 
 
-def _asked(cfg: RunConfig) -> bool:
-    if cfg.score.captured == CAPTURED_AUTO:
-        return cfg.target.torch_device().type == "cuda"
-    return cfg.score.captured == CAPTURED_ON
+def asks(cfg: RunConfig, captured: str) -> bool:
+    """Whether a stage's `captured` asks for captured rounds where the target of this run is."""
+    return captured == CAPTURED_ON or (captured == CAPTURED_AUTO and cfg.target.torch_device().type == "cuda")
 
 
-def _obstacle(cfg: RunConfig) -> str:
-    """Why nothing can be captured, whatever the target; empty where nothing is in the way."""
-    if not all(follows(cfg.decode.settings(temperature)) for temperature in cfg.score.temperatures):
+def obstacle(cfg: RunConfig, temperatures: Sequence[float]) -> str:
+    """Why nothing can be captured at these temperatures, whatever the target; empty where nothing is in the way."""
+    if not all(follows(cfg.decode.settings(temperature)) for temperature in temperatures):
         return "decode.top_k, decode.top_p and decode.repetition_penalty are more than they follow"
     size = cfg.target.most_holders(cfg.paths.cache)
     return f"the target is spread over {size} processes" if size > 1 else ""

@@ -21,9 +21,6 @@ from inference.batch.load import (
     Asked,
     Point,
     Trace,
-    closed_loop,
-    poisson_arrivals,
-    timed_load,
 )
 from inference.batch.load_figures import (
     GENERATE,
@@ -36,6 +33,7 @@ from inference.costs import interpolated
 from inference.device_profile import WIDTHS
 from inference.drafters import Drafter, LoadContext, load_drafter
 from inference.drafters.none import NoDrafter
+from inference.driving import closed_loop, poisson_arrivals, timed_load
 from inference.graphed.engine import GraphedEngine
 from inference.lookahead import BlockConfig, Chances, Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead
@@ -52,7 +50,7 @@ from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import read_prompts
 from pipelines.files import read_json, write_json
-from pipelines.load_captured import captured_load
+from pipelines.load_captured import CapturedLoad, captured_load
 from pipelines.plan import MEAN_PROMPT_TOKENS
 from pipelines.score import score_prompts
 from pipelines.score_plan import by_domain, round_robin
@@ -92,14 +90,7 @@ class Bench:
         self._heldout = round_robin(by_domain(prompts["heldout"], self.cfg.seed), len(prompts["heldout"]))
         policy = load_policy(self.cfg)
         self.longest = policy.tokens or policy.longest_auto
-        self._rounds = captured_load(
-            self.cfg,
-            name,
-            longest=self.longest,
-            precision=self.precision,
-            target=self.target,
-            drafter=lambda target: self._maker(name, target)(),
-        )
+        self._rounds = captured_load(self.cfg, name, self._captured)
         if self._rounds is not None:
             self._rounds.measure(folder)
         self._choice, self._chances = self._planned(prompts["validation"], folder)
@@ -109,6 +100,16 @@ class Bench:
     def captured(self) -> bool:
         """Whether all arms but `generate` go by captured rounds."""
         return self._rounds is not None
+
+    def _captured(self) -> CapturedLoad:
+        return CapturedLoad(
+            self.cfg,
+            self.name,
+            longest=self.longest,
+            precision=self.precision,
+            target=self.target,
+            drafter=lambda target: self._maker(self.name, target)(),
+        )
 
     def target(self, precision: str) -> CausalModel:
         """The target in one arithmetic."""

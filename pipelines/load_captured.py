@@ -20,8 +20,7 @@ from inference.feature_drafts.medusa import Config as Medusa
 from inference.feature_networks import FeatureNetwork
 from inference.feature_networks._checkpoint import CONFIG_FILE
 from inference.graphed.arms import can_be_captured
-from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
-from inference.graphed.decode import follows
+from inference.graphed.asked import CAPTURED_ON
 from inference.graphed.depths import Depths, FixedDepth, ScheduledDepth, load_seconds
 from inference.graphed.engine import GraphedEngine, round_sizes
 from inference.graphed.rounds import Rounds
@@ -31,6 +30,7 @@ from inference.pair_files import read_draft_spec
 from inference.request import Request
 from inference.scoring import ScorePrompt, request_seed
 from inference.statistics import BASELINE
+from pipelines.captured import asks, obstacle
 from pipelines.config import RunConfig
 from pipelines.files import read_json, write_json
 from pipelines.progress import tracked
@@ -53,59 +53,34 @@ def captures(cfg: RunConfig, name: str, draft_folder: Path) -> bool:
     Raises:
         InputError: with `load.captured=on`, it cannot.
     """
-    if not _asked(cfg):
+    if not asks(cfg, cfg.load.captured):
         return False
     feature = read_draft_spec(draft_folder)["kind"] == FeatureDrafter.kind
     known = feature and read_json(draft_folder / CONFIG_FILE).get("kind") != Medusa.kind
-    reason = _obstacle(cfg) or ("" if known else _unknown(name))
+    reason = obstacle(cfg, cfg.load.temperatures) or ("" if known else _unknown(name))
     if reason and cfg.load.captured == CAPTURED_ON:
         raise _refusal(reason)
     return not reason
 
 
-def _asked(cfg: RunConfig) -> bool:
-    if cfg.load.captured == CAPTURED_AUTO:
-        return cfg.target.torch_device().type == "cuda"
-    return cfg.load.captured == CAPTURED_ON
-
-
-def _obstacle(cfg: RunConfig) -> str:
-    """Why nothing can be captured, whatever target and draft; empty where nothing is in the way."""
-    if not all(follows(cfg.decode.settings(temperature)) for temperature in cfg.load.temperatures):
-        return "decode.top_k, decode.top_p and decode.repetition_penalty are more than they follow"
-    size = cfg.target.most_holders(cfg.paths.cache)
-    return f"the target is spread over {size} processes" if size > 1 else ""
-
-
-def captured_load(
-    cfg: RunConfig,
-    name: str,
-    *,
-    longest: int,
-    precision: Callable[[str, Point], str],
-    target: Callable[[str], CausalModel],
-    drafter: Callable[[CausalModel], Drafter],
-) -> "CapturedLoad | None":
+def captured_load(cfg: RunConfig, name: str, make: "Callable[[], CapturedLoad]") -> "CapturedLoad | None":
     """The captured rounds of a load; None where it goes kernel by kernel, and one line says why where they were asked
     for.
 
     Args:
         cfg: of the run.
         name: of the draft.
-        longest: most tokens that the scheduler may propose.
-        precision: the arithmetic of an arm at a load.
-        target: in one arithmetic.
-        drafter: the draft for a target.
+        make: gives them.
 
     Raises:
         InputError: a draft that does not fit; with `load.captured=on`, what cannot be captured.
     """
-    if not _asked(cfg):
+    if not asks(cfg, cfg.load.captured):
         return None
     try:
-        if reason := _obstacle(cfg):
+        if reason := obstacle(cfg, cfg.load.temperatures):
             raise _NotCaptured(reason)
-        made = CapturedLoad(cfg, name, longest=longest, precision=precision, target=target, drafter=drafter)
+        made = make()
     except _NotCaptured as error:
         if cfg.load.captured == CAPTURED_ON:
             raise _refusal(str(error)) from None

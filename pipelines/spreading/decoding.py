@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from inference.batch.engine import BatchEngine
-from inference.batch.load import Asked, closed_loop
+from inference.batch.load import Asked
 from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.none import NoDrafter
+from inference.driving import closed_loop
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.lookup_settings import LookupSettings

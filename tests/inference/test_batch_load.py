@@ -22,9 +22,6 @@ from inference.batch.load import (
     Point,
     Served,
     Trace,
-    closed_loop,
-    poisson_arrivals,
-    timed_load,
 )
 from inference.batch.load_figures import LoadFigure, claims, foretold, load_figures
 from inference.batch.plain import plain_generate
@@ -36,6 +33,7 @@ from inference.drafters.lookup import LookupDrafter
 from inference.drafters.mixed import MixedDrafter, mixed_drafter
 from inference.drafters.model import ModelDrafter
 from inference.drafters.none import NoDrafter
+from inference.driving import closed_loop, poisson_arrivals, timed_load
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_networks import make_network
 from inference.graphed.engine import GraphedEngine

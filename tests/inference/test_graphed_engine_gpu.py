@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from inference.batch.load import Asked, closed_loop
+from inference.batch.load import Asked
+from inference.driving import closed_loop
 from inference.generation import generate_batch
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.depths import ScheduledDepth, load_seconds

@@ -359,7 +359,7 @@ def test_a_target_that_cannot_be_captured_is_one_line_where_it_was_asked_for(
     assert code == 2
     assert "dspark: this target's layers cannot be captured [score.captured]: use auto or off" in out
     # On a device where it goes without saying, the score goes on.
-    monkeypatch.setattr(captured_module, "_asked", lambda cfg: True)
+    monkeypatch.setattr(captured_module, "asks", lambda cfg, captured: True)
     folder, out = scored(place)
     assert sum("no captured rounds: this target's layers cannot be captured" in row for row in out.splitlines()) == 1
     assert read(folder / "scorecard.json")["captured"] == []

@@ -239,7 +239,7 @@ def test_auto_goes_kernel_by_kernel_where_it_must_and_says_why(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     # As on a CUDA device.
-    monkeypatch.setattr(load_captured, "_asked", lambda cfg: cfg.load.captured != "off")
+    monkeypatch.setattr(load_captured, "asks", lambda cfg, captured: captured != "off")
     if reason == "target":
         monkeypatch.setattr(load_captured, "Rounds", _uncapturable)
     less = ["load.concurrencies=[2]", "load.lengths=[1]", "load.generate=[]", "load.poisson_shares=[]"]
