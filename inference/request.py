@@ -38,11 +38,12 @@ class Decoded:
     Attributes:
         tokens: emitted token ids, a stop token included.
         passes: target passes after the prefill, one a round.
-        proposed: proposed[k] = rounds that verified a token at position k + 1, siblings apart.
-        accepted: accepted[k] = rounds in which that token stood.
+        proposed: proposed[k] = rounds that verified a token at position k + 1, siblings apart; of trees, rounds that
+            came to that depth.
+        accepted: accepted[k] = rounds in which that token, or one of that depth, stood.
         siblings: siblings[k][r] = rounds in which the sibling of rank r stood in its place.
         seconds: by part, see `PARTS`.
-        blocks: blocks[l] = rounds that proposed l tokens.
+        blocks: blocks[l] = rounds that proposed l tokens, in a chain or a tree.
         cache_nbytes: bytes of the target's cache at the end, its largest.
     """
 
@@ -79,11 +80,18 @@ class Decoded:
 
     def count_chain(self, num_proposed: int, num_accepted: int) -> None:
         """Add one round of a chain alone."""
+        self._count(num_proposed, num_proposed, num_accepted)
+
+    def count_tree(self, size: int, depth: int, num_accepted: int) -> None:
+        """Add one round of a tree of so many nodes and levels, of which so many levels stood."""
+        self._count(size, depth, num_accepted)
+
+    def _count(self, num_proposed: int, depth: int, num_accepted: int) -> None:
         self.passes += 1
         self.blocks[num_proposed] = self.blocks.get(num_proposed, 0) + 1
-        while len(self.proposed) < num_proposed:
+        while len(self.proposed) < depth:
             self.proposed.append(0)
             self.accepted.append(0)
-        for position in range(min(num_proposed, num_accepted + 1)):
+        for position in range(min(depth, num_accepted + 1)):
             self.proposed[position] += 1
             self.accepted[position] += position < num_accepted

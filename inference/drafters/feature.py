@@ -71,18 +71,39 @@ class FeatureDrafter:
         """See `Drafter.nbytes`; the target's embedding and head are borrowed and not counted."""
         return model_nbytes(self.network) + self._cache.nbytes()
 
-    @torch.inference_mode()
     def rehearse(self, response: FixedResponse, *, longest: int) -> Table:
         """See `Rehearses.rehearse`: the blocks of all anchors in few passes, as in training."""
         length, block = response.num_tokens, min(longest, self.network.block)
-        chances = torch.zeros(length, block, dtype=torch.float64)
-        ranks = torch.full((length, block), -1) if response.settings.greedy else None
-        # A prompt of one token leaves nothing to read before the first round.
-        start = 1 if response.first == 1 else 0
-        for begin in range(start, length, _ANCHORS):
+        chances, ranks = self._judged(response, block)
+        start = _first_anchor(response)
+        proposed = [block if anchor >= start else 0 for anchor in range(length)]
+        return Table(chances=chances, proposed=proposed, budget=response.budget, ranks=ranks)
+
+    def continuation_ranks(self, response: FixedResponse, *, depth: int) -> Tensor:
+        """Of every anchor of a greedy response, ranks of the tokens after it in the rows a tree's nodes come from.
+
+        Args:
+            response: of temperature 0.
+            depth: tokens after each anchor, at most `FeatureNetwork.deepest`.
+
+        Returns:
+            int64 `[n, depth]`; see `Table.ranks`.
+        """
+        _, ranks = self._judged(response, min(depth, self.network.deepest))
+        if ranks is None:
+            raise ValueError("only greedy responses have ranks")
+        return ranks
+
+    @torch.inference_mode()
+    def _judged(self, response: FixedResponse, slots: int) -> tuple[Tensor, Tensor | None]:
+        """Chances and ranks of `Table` for the first so many slots."""
+        length = response.num_tokens
+        chances = torch.zeros(length, slots, dtype=torch.float64)
+        ranks = torch.full((length, slots), -1) if response.settings.greedy else None
+        for begin in range(_first_anchor(response), length, _ANCHORS):
             count = min(_ANCHORS, length - begin)
-            states = _teacher_forced(self.network, response, begin, count)
-            for slot in range(block):
+            states = _teacher_forced(self.network, response, begin, count, slots)
+            for slot in range(slots):
                 there = min(count, length - begin - slot)
                 if there < 1:
                     break
@@ -95,8 +116,7 @@ class FeatureDrafter:
                 chances[begin : begin + there, slot] = rows.chances
                 if ranks is not None and rows.ranks is not None:
                     ranks[begin : begin + there, slot] = rows.ranks
-        proposed = [block if anchor >= start else 0 for anchor in range(length)]
-        return Table(chances=chances, proposed=proposed, budget=response.budget, ranks=ranks)
+        return chances, ranks
 
     def _catch_up(self, context: Tensor) -> None:
         """Project the features that came since the last block."""
@@ -107,8 +127,14 @@ class FeatureDrafter:
             self._unread.clear()
 
 
-def _teacher_forced(network: FeatureNetwork, response: FixedResponse, begin: int, count: int) -> Tensor:
-    """Slot states `[count, G, S]` of the blocks at anchors `begin`, `begin + 1`, ... of a response."""
+def _first_anchor(response: FixedResponse) -> int:
+    """Of those that something is proposed at: a prompt of one token leaves nothing to read before the first round."""
+    return 1 if response.first == 1 else 0
+
+
+def _teacher_forced(network: FeatureNetwork, response: FixedResponse, begin: int, count: int, length: int) -> Tensor:
+    """States of the first `length` slots `[count, length, S]` of the blocks at anchors `begin`, `begin + 1`, ... of a
+    response."""
     parameter = next(network.parameters())
     tokens = response.tokens[None, :-1].to(parameter.device)
     anchors = torch.arange(count, device=parameter.device)[None] + (response.first + begin - 1)
@@ -118,9 +144,9 @@ def _teacher_forced(network: FeatureNetwork, response: FixedResponse, begin: int
         positions=torch.arange(tokens.shape[1], device=parameter.device)[None],
         features=response.features_of(network.taps)[None].to(parameter.device, parameter.dtype),
         anchors=anchors,
-        slots=torch.ones(1, count, network.block, dtype=torch.bool, device=parameter.device),
+        slots=torch.ones(1, count, length, dtype=torch.bool, device=parameter.device),
     )
-    return network.slot_states(batch)[0]
+    return network.first_slot_states(batch, length)[0]
 
 
 def propose_blocks(network: FeatureNetwork, cache: DraftContext, asks: Sequence[Ask]) -> list[Proposal]:

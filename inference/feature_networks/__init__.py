@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from inference.feature_drafts import FeatureDraftConfig
-from inference.feature_networks._layers import DraftCache, DraftContext, DraftShape
+from inference.feature_networks._layers import DraftCache, DraftContext, DraftShape, TreeContext
 from inference.layers import LayerNotLoaded
 from inference.model import CausalModel
 from inference.taps import EMBEDDING, check_taps
+from inference.trees import Level
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ class FeatureNetwork(nn.Module):
         """What enters `head` in every slot, teacher-forced: `[R, A, G, S]`; slots that are not valid hold anything."""
         raise NotImplementedError
 
+    def first_slot_states(self, batch: PackedBatch, length: int) -> Tensor:
+        """`slot_states` of the first so many slots, at most `deepest`."""
+        return self.slot_states(batch)[:, :, :length]
+
     def confidence_logits(self, states: Tensor) -> Tensor | None:
         """Logits `[n]` of the chance that a slot's token is accepted, from `[n, S]`; None without such a head."""
         return None
@@ -204,6 +209,28 @@ class FeatureNetwork(nn.Module):
 
     def step(self, block: Any, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """Slot `slot` (from 0) of the blocks, given the token before it, int64 `[R]`: called for 0, 1, ... in order."""
+        raise NotImplementedError
+
+    @property
+    def deepest(self) -> int:
+        """Tokens of the longest path of a tree that this network can draft; see `branch`."""
+        return self.block
+
+    def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> Any:
+        """As `begin_block`, for trees of so many levels."""
+        return self.begin_block(anchors, cache)
+
+    def branch(self, block: Any, level: Level, previous: Tensor) -> Tensor:
+        """Rows for the tokens after several of one depth, each given those on its own way: called level by level.
+
+        Args:
+            block: of `begin_tree`.
+            level: which of them.
+            previous: int64 `[R, count]`, these tokens.
+
+        Returns:
+            `[R, count, Vd]`, as `Step.logits`.
+        """
         raise NotImplementedError
 
 

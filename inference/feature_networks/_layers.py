@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig
 
 from inference.cache import RollbackLayer
+from inference.trees import Level
 
 # cuDNN's attention builds a plan for every new shape, and packed batches have a new shape every step: on an H200 that
 # took 80 % of an EAGLE-3 step.
@@ -282,6 +283,23 @@ class DraftContext(Protocol):
         Returns:
             As `keys_values` and `mask`, with what the block has added so far. Nothing of it is there any more when the
             next token is read or the next block begins.
+        """
+        ...
+
+
+class TreeContext(DraftContext, Protocol):
+    """A context behind which trees can be drafted."""
+
+    def branch(self, level: Level, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the tokens of a level see themselves and those on their way, in the first layer.
+
+        Args:
+            level: whose keys and values `[R, kv_heads, count, head_dim]` these are.
+            keys: likewise.
+            values: likewise.
+
+        Returns:
+            As `keys_values` and `mask`, `[R, 1, count, L]`, with what the tree has added so far.
         """
         ...
 

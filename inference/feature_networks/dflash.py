@@ -9,6 +9,7 @@ from inference.feature_drafts.dflash import Config
 from inference.feature_networks import PackedBatch, SlotHead, Step
 from inference.feature_networks._block import BlockNetwork
 from inference.feature_networks._layers import DraftContext, DraftShape
+from inference.trees import Level
 
 
 class DFlash(BlockNetwork):
@@ -31,3 +32,7 @@ class DFlash(BlockNetwork):
     def step(self, block: Tensor, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`; what was drawn before does not matter."""
         return Step(block[:, slot])
+
+    def branch(self, block: Tensor, level: Level, previous: Tensor) -> Tensor:
+        """See `FeatureNetwork.branch`; after all tokens of a depth the same."""
+        return block[:, level.depth, None].expand(-1, level.count, -1)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from inference.feature_drafts.dspark import Config
 from inference.feature_networks import PackedBatch, SlotHead, Step
 from inference.feature_networks._block import BlockNetwork
-from inference.feature_networks._layers import DraftContext, DraftShape
+from inference.feature_networks._layers import DraftContext, DraftShape, TreeContext
+from inference.trees import Level
 
 
 class MarkovHead(nn.Module):
@@ -78,7 +79,7 @@ class _Block:
 
     states: Tensor  # shape: [R, G, D]
     logits: Tensor  # shape: [R, G, Vd], without the sequential head
-    carried: Tensor  # shape: [R, r]
+    carried: Tensor  # shape: [R, r]; of a tree, [R, count, r] of the level before
 
 
 class DSpark(BlockNetwork):
@@ -122,3 +123,17 @@ class DSpark(BlockNetwork):
         if not confidence:
             return Step(logits)
         return Step(logits, torch.sigmoid(self.confidence_head(torch.cat([state, before], dim=-1)).float()))
+
+    def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> _Block:
+        """See `FeatureNetwork.begin_tree`."""
+        block = self.begin_block(anchors, cache)
+        block.carried = block.carried[:, None]
+        return block
+
+    def branch(self, block: _Block, level: Level, previous: Tensor) -> Tensor:
+        """See `FeatureNetwork.branch`."""
+        state = block.states[:, level.depth, None].expand(-1, level.count, -1)
+        before = self.markov_head.markov_w1(previous)
+        bias, block.carried = self.markov_head(state, before, block.carried.index_select(1, level.before))
+        logits: Tensor = block.logits[:, level.depth, None] + self.markov_head.markov_w2(bias)
+        return logits

@@ -11,6 +11,7 @@ Tensor names follow EAGLE-3 checkpoints: `fc`, `layers.0.{hidden_norm, input_lay
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from inference.feature_networks._layers import (
     DraftShape,
     Norm,
     Rope,
+    TreeContext,
     attend,
     plain_norm,
     same_parts,
 )
 from inference.layers import decoder_layers
 from inference.model import CausalModel
+from inference.trees import Level
 
 
 class EagleLayer(nn.Module):
@@ -54,16 +57,20 @@ class EagleLayer(nn.Module):
         return result
 
 
+# Acceptance hardly falls behind the steps that were unrolled in training (docs/experiments.md, 2026-11-30).
+_DEEPEST = 16
+
+
 @dataclass
 class _Chain:
     """The blocks of R requests while they are being sampled."""
 
-    hidden: Tensor  # shape: [R, 1, D], the output of the step before
+    hidden: Tensor  # shape: [R, 1, D], the output of the step before; of a tree, [R, count, D] of the level before
     ropes: Rope  # shape: [R, 1, G, head_dim], of all steps
     keys: Tensor  # shape: [R, kv_heads, K, head_dim], context and own steps
     values: Tensor
     mask: Tensor | None  # shape: [R, 1, 1, K]
-    context: DraftContext
+    context: Any  # a `DraftContext`; of a tree, a `TreeContext`
 
 
 class Eagle3(FeatureNetwork):
@@ -87,6 +94,10 @@ class Eagle3(FeatureNetwork):
 
     def slot_states(self, batch: PackedBatch) -> Tensor:
         """See `FeatureNetwork.slot_states`: the steps unrolled at every anchor, tokens teacher-forced."""
+        return self.first_slot_states(batch, self.block)
+
+    def first_slot_states(self, batch: PackedBatch, length: int) -> Tensor:
+        """See `FeatureNetwork.first_slot_states`."""
         layer, attention = self.layer, self.layer.self_attn
         fused = self.fc(batch.features)
         # Entry t reads token t + 1; the last column's is never seen, because an anchor sees entries before its own.
@@ -97,10 +108,10 @@ class Eagle3(FeatureNetwork):
         before = (batch.anchors - 1).clamp(min=0)
         hidden = fused.gather(1, before[..., None].expand(-1, -1, fused.shape[-1]))
         positions = batch.positions.gather(1, batch.anchors) - 1
-        tokens = batch.block_tokens(self.block - 1)
+        tokens = batch.block_tokens(length - 1)
         own = torch.eye(batch.anchors.shape[1], dtype=torch.bool, device=mask.device).expand(mask.shape[0], -1, -1)
         outputs = []
-        for step in range(self.block):
+        for step in range(length):
             entry = layer.entries(self.embed(tokens[:, :, step], hidden), hidden)
             rope = attention.rope(positions + step, entry)
             if step:
@@ -151,10 +162,7 @@ class Eagle3(FeatureNetwork):
 
     def begin_block(self, anchors: Tensor, cache: DraftContext) -> _Chain:
         """The chain before its first step; that step's own entry is the last of the context."""
-        [(keys, values)] = cache.keys_values()
-        steps = torch.arange(-1, self.block - 1, device=anchors.device)
-        ropes = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
-        return _Chain(cache.last, ropes, keys, values, cache.mask(), cache)
+        return self._begin(anchors, cache, self.block)
 
     def step(self, block: _Chain, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`."""
@@ -167,3 +175,32 @@ class Eagle3(FeatureNetwork):
         mixed = attend(attention.queries(entry, rope), block.keys, block.values, block.mask)
         block.hidden = layer.finish(block.hidden, mixed)
         return Step(self.base_logits(self.norm(block.hidden))[:, 0])
+
+    @property
+    def deepest(self) -> int:
+        """See `FeatureNetwork.deepest`: steps may go on behind those of a block."""
+        return max(self.block, _DEEPEST)
+
+    def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> _Chain:
+        """See `FeatureNetwork.begin_tree`."""
+        return self._begin(anchors, cache, depth)
+
+    def branch(self, block: _Chain, level: Level, previous: Tensor) -> Tensor:
+        """See `FeatureNetwork.branch`."""
+        layer, attention, depth = self.layer, self.layer.self_attn, level.depth
+        hidden = block.hidden.index_select(1, level.before) if depth else block.hidden
+        entry = layer.entries(self.embed(previous, hidden), hidden)
+        rope = block.ropes[0][:, :, depth : depth + 1], block.ropes[1][:, :, depth : depth + 1]
+        if depth:
+            own = attention.keys_values(entry, rope)
+            block.keys, block.values, block.mask = block.context.branch(level, *own)
+        mixed = attend(attention.queries(entry, rope), block.keys, block.values, block.mask)
+        block.hidden = layer.finish(hidden, mixed)
+        return self.base_logits(self.norm(block.hidden))
+
+    def _begin(self, anchors: Tensor, cache: DraftContext, length: int) -> _Chain:
+        """Before the first of so many steps."""
+        [(keys, values)] = cache.keys_values()
+        steps = torch.arange(-1, length - 1, device=anchors.device)
+        ropes = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
+        return _Chain(cache.last, ropes, keys, values, cache.mask(), cache)

@@ -10,10 +10,9 @@ from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.feature_networks import FeatureNetwork
 from inference.feature_networks.medusa import Medusa
-from inference.graphed.decode import GraphedDecoder
+from inference.graphed.decode import GraphedDecoder, Timed
 from inference.graphed.rounds import Rounds
 from inference.graphed.target import ALIGNMENT
-from inference.graphed.timing import RoundSeconds
 from inference.model import CausalModel
 
 
@@ -44,7 +43,7 @@ def captured_decoder(
     *,
     block: int,
     tokens: int,
-    timed: dict[tuple[int, bool], RoundSeconds] | None = None,
+    timed: Timed | None = None,
 ) -> GraphedDecoder:
     """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
 
@@ -68,7 +67,7 @@ def decoder_of_capacity(
     *,
     block: int,
     capacity: int,
-    timed: dict[tuple[int, bool], RoundSeconds] | None = None,
+    timed: Timed | None = None,
 ) -> GraphedDecoder:
     """`captured_decoder` with so many positions: buffers of another length may round otherwise.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.feature_networks._layers import DraftShape, KeysValues
+from inference.trees import Level
 
 
 class StaticContext:
@@ -47,6 +48,7 @@ class StaticContext:
         self._every = torch.arange(batch, device=device)
         self._rows, self._kept, self._width, self._added = self._every, self.held, 0, 0
         self._drafted = batch
+        self._columns_of = self._columns[None]  # of a tree's masks, `[B, S]`
 
     def reading(self, rows: Tensor, kept: Tensor, *, width: int) -> None:
         """A network is about to read `width` tokens of each of these requests, of which the first `kept` count.
@@ -130,6 +132,23 @@ class StaticContext:
         self._write([(keys.permute(2, 1, 0, 3), values.permute(2, 1, 0, 3))], place)
         self._added += 1
         return (*self.keys_values()[0], self.mask())
+
+    # `TreeContext`
+
+    def branching(self, entries: int) -> None:
+        """After `drafting`: a tree is about to be drafted, of which so many tokens are read."""
+        behind = self._columns[: self.shown] - self.held[: self._drafted, None]
+        self._columns_of = behind.clamp(-1, entries) + 1
+
+    def branch(self, level: Level, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `TreeContext.branch`."""
+        rows, heads, count, width = keys.shape
+        starts = (self._every * self._capacity + self.held)[:rows, None] + level.first
+        flat = (starts + self._columns[:count]).flatten()
+        both = [states.transpose(0, 1).reshape(1, heads, rows * count, width) for states in (keys, values)]
+        self._write([(both[0], both[1])], flat)
+        mask = level.seen[:, self._columns_of].transpose(0, 1)[:, None]
+        return (*self.keys_values()[0], mask)
 
     def nbytes(self) -> int:
         """Bytes held."""

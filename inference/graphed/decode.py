@@ -12,6 +12,10 @@ from inference.lookahead import RecordingLookahead, Signals, Visible
 from inference.precision import model_nbytes
 from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
+from inference.trees import Tree
+
+Timed = dict[tuple[int | Tree, bool], RoundSeconds]
+"""Rounds by what they propose, so many tokens in a chain or a tree, and whether sampled."""
 
 # As in the device profile.
 _TIMED_CONTEXT_TOKENS = 128
@@ -24,53 +28,66 @@ def follows(settings: SamplingSettings) -> bool:
 
 class GraphedDecoder:
     """Decodes one request after another; the law and, greedy, the tokens are those of `inference.decoder.decode` with a
-    fixed block.
+    fixed block, or of a tree in greedy rounds.
 
     Parts of a round are not told apart while it runs. Where its parts were timed (see `timed`), drafting and verifying
     get their seconds of every round and `other` the rest: acceptance, reading, the host. Otherwise all is `verify`'s.
 
     Args:
         rounds: of one request.
-        timed: rounds of this target and draft that were timed, by tokens proposed and whether sampled; shared with the
-            decoder's other block lengths.
+        timed: rounds of this target and draft that were timed; shared with the decoder's other proposals.
     """
 
-    def __init__(self, rounds: Rounds, *, timed: dict[tuple[int, bool], RoundSeconds] | None = None) -> None:
+    def __init__(self, rounds: Rounds, *, timed: Timed | None = None) -> None:
         if rounds.batch != 1:
             raise ValueError(f"rounds of {rounds.batch} requests decode no single one")
         self.rounds = rounds
         self._timed = {} if timed is None else timed
-        self._shorter: GraphedDecoder | None = None
+        self._other: GraphedDecoder | None = None
         device = rounds.anchors.device
         pinned = device.type == "cuda"
         self._host = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=pinned)
         self._noted = torch.zeros(rounds.signals.shape[1:], dtype=rounds.signals.dtype, pin_memory=pinned)
 
-    # Other block lengths
+    @property
+    def tree(self) -> Tree | None:
+        """What greedy rounds propose, if not a chain."""
+        return None if self.rounds.plan is None else self.rounds.plan.tree
 
-    def of_block(self, block: int) -> "GraphedDecoder":
-        """The decoder of the same target and draft that proposes `block` tokens; the last one made is kept."""
-        if block == self.rounds.block:
+    # Other proposals
+
+    def of_block(self, block: int, tree: Tree | None = None) -> "GraphedDecoder":
+        """The decoder of the same target and draft that proposes `block` tokens, and in greedy rounds a tree where one
+        is given; the last one made is kept."""
+        if (block, tree) == (self.rounds.block, self.tree):
             return self
-        if self._shorter is None or self._shorter.rounds.block != block:
-            self._shorter = GraphedDecoder(self._rounds_of(block), timed=self._timed)
-        return self._shorter
+        if self._other is None or (block, tree) != (self._other.rounds.block, self._other.tree):
+            self._other = None
+            self._other = GraphedDecoder(self._rounds_of(block, tree), timed=self._timed)
+        return self._other
 
-    def timed(self, block: int, *, sampled: bool) -> RoundSeconds:
-        """What a round that proposes `block` tokens takes, 0 for target-only decoding; timed when first asked for.
+    def timed(self, proposed: int | Tree, *, sampled: bool) -> RoundSeconds:
+        """What a round takes that proposes so many tokens in a chain, 0 for target-only decoding, or a tree; timed when
+        first asked for.
 
-        Rounds of other lengths than the decoder's own are dropped again.
+        Rounds of other proposals than the decoder's own are dropped again.
         """
-        if (block, sampled) not in self._timed:
-            rounds = self.rounds if block == self.rounds.block else self._rounds_of(block)
+        if (proposed, sampled) not in self._timed:
+            own = self._proposed(sampled) == proposed
+            block, tree = (0, proposed) if isinstance(proposed, Tree) else (proposed, None)
+            rounds = self.rounds if own else self._rounds_of(block, tree)
             length = min(_TIMED_CONTEXT_TOKENS, rounds.capacity // 2)
-            self._timed[block, sampled] = round_seconds(rounds, length=length, sampled=sampled)
-        return self._timed[block, sampled]
+            self._timed[proposed, sampled] = round_seconds(rounds, length=length, sampled=sampled)
+        return self._timed[proposed, sampled]
 
-    def _rounds_of(self, block: int) -> Rounds:
+    def _proposed(self, sampled: bool) -> int | Tree:
+        """What the decoder's own rounds propose."""
+        return self.rounds.block if sampled or self.tree is None else self.tree
+
+    def _rounds_of(self, block: int, tree: Tree | None) -> Rounds:
         own = self.rounds
-        network = own.network if block else None
-        return Rounds(own.target.target, network, block=block, capacity=own.capacity)
+        network = own.network if block or tree else None
+        return Rounds(own.target.target, network, block=block, capacity=own.capacity, tree=tree)
 
     # Decoding
 
@@ -83,9 +100,9 @@ class GraphedDecoder:
         """
         rounds = self.rounds
         for each in sampled:
-            self.timed(rounds.block, sampled=each)
+            self.timed(self._proposed(each), sampled=each)
             rounds.prepare(sampled=each)
-        rounds.prepare_prompts(min(longest_prompt, rounds.capacity - rounds.block), together=1)
+        rounds.prepare_prompts(min(longest_prompt, rounds.capacity - rounds.width), together=1)
 
     def draft_nbytes(self) -> int:
         """Bytes of the draft, weights and what it has read."""
@@ -119,7 +136,7 @@ class GraphedDecoder:
         rounds, settings = self.rounds, request.settings
         if not follows(settings):
             raise ValueError("captured rounds know temperatures alone")
-        limit = min(rounds.target.target.context_limit, rounds.capacity - rounds.block)
+        limit = min(rounds.target.target.context_limit, rounds.capacity - rounds.width)
         check_prompt_length(prompt.shape[0], limit)
         budget = min(request.max_new_tokens, limit - prompt.shape[0])
         result = Decoded()
@@ -129,6 +146,7 @@ class GraphedDecoder:
             rounds.begin(0, prompt)
         if not settings.greedy:
             rounds.temperatures.fill_(settings.temperature)
+        tree = self.tree if settings.greedy and recording is None else None
         length, finished = prompt.shape[0] - 1, False
         start = clock.now()
         while not finished:
@@ -144,7 +162,10 @@ class GraphedDecoder:
             numbers = self._host.tolist()
             count = numbers[-1]
             length += count
-            result.count_chain(rounds.block, count - 1)
+            if tree is None:
+                result.count_chain(rounds.block, count - 1)
+            else:
+                result.count_tree(tree.size, tree.depth, count - 1)
             if recording is not None:
                 self._record(recording, num_accepted=count - 1, room=budget - len(result.tokens) - 1)
             emitted, finished = up_to_stop(numbers[: min(count, budget - len(result.tokens))], request.stop_tokens)
@@ -166,7 +187,7 @@ class GraphedDecoder:
 
     def _split(self, result: Decoded, seconds: float, *, sampled: bool) -> None:
         """Book the seconds of all rounds of a request under their parts."""
-        known = self._timed.get((self.rounds.block, sampled), RoundSeconds(seconds, 0.0, seconds))
+        known = self._timed.get((self._proposed(sampled), sampled), RoundSeconds(seconds, 0.0, seconds))
         draft = min(seconds, result.passes * known.draft)
         verify = min(seconds - draft, result.passes * known.verify)
         result.seconds |= {"draft": draft, "verify": verify, "other": seconds - draft - verify}

@@ -17,9 +17,8 @@ from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, captured_decoder, longest_block
 from inference.graphed.asked import CAPTURED, CAPTURED_AUTO, CAPTURED_OFF, CAPTURED_ON
-from inference.graphed.decode import GraphedDecoder, follows
+from inference.graphed.decode import GraphedDecoder, Timed, follows
 from inference.graphed.target import static_layers
-from inference.graphed.timing import RoundSeconds
 from inference.lookahead import Lookahead
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
@@ -87,7 +86,7 @@ class GrowingDecoder:
     def __init__(self, target: CausalModel, drafter: Drafter, *, block: int, strict: bool) -> None:
         self._target, self._drafter, self._block, self._strict = target, drafter, block, strict
         self._decoder: GraphedDecoder | None = None
-        self._timed: dict[tuple[int, bool], RoundSeconds] = {}
+        self._timed: Timed = {}
         # Fewest tokens that no buffers could be made for, and why.
         self._refused: tuple[int, str] | None = None
 

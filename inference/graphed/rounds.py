@@ -1,9 +1,9 @@
 """One round of B requests in fixed shapes: draft a block, verify it, accept, read what stands; captured as one graph.
 
-The rules are those of `inference.verification`, for chains; every random decision is a uniform number handed in, so
-that nothing on the device draws. A round may be of the first requests alone and of a shorter block: what it shares with
-larger ones are weights and buffers. Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd
-the draft's, R requests of a pass over prompts.
+What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or, in greedy rounds, a tree. A round
+may be of the first requests alone and of a shorter block: what it shares with larger ones are weights and buffers.
+Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd the draft's, R requests of a pass
+over prompts; of a tree, N nodes and D depth.
 """
 
 import functools
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference.drafters._token import signal_values
 from inference.feature_networks import FeatureNetwork
+from inference.graphed.acceptance import accept_greedy, accept_sampled, accept_tree
 from inference.graphed.contexts import StaticContext
 from inference.graphed.programs import Programs
 from inference.graphed.target import ALIGNMENT, StaticTarget
@@ -22,6 +23,7 @@ from inference.model import CausalModel
 from inference.randomness import drawn
 from inference.sampling import process_logits
 from inference.sampling_settings import SamplingSettings
+from inference.trees import Tree, TreePlan
 
 # Prompts are read together in passes of so many; few sizes, since each is a graph of its own.
 _PROMPT_ROWS = (1, 4, 16, 64)
@@ -47,6 +49,7 @@ class Rounds:
         keep_states: keep the head's inputs; see `StaticTarget`.
         top_k: of sampled rounds, see `SamplingSettings`.
         top_p: likewise.
+        tree: what greedy rounds propose that are asked for no block of their own; None for a chain of G tokens.
 
     Attributes:
         anchors: int64 `[B]`, the last token of each request.
@@ -54,13 +57,16 @@ class Rounds:
         active: int64 `[B]`, 1, and 0 of places without a request: those are ballast and stay at length 0.
         temperatures: fp32 `[B]`; read by sampled rounds.
         uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it.
-        emitted: int64 `[B, W + 1]`, what the last round emitted, then how many of them stand for emitted tokens.
+        emitted: int64 `[B, longest + 2]`, what the last round emitted, then, in the last column, how many of them stand
+            for emitted tokens.
         signals: fp64 `[B, G, 2]`, what was known of each token of the last recorded block before it was drawn; see
             `SIGNALS`. Other rounds leave it as it is.
+        plan: the tree as tensors; None without one.
         programs: what is captured of rounds and prompts.
 
     Raises:
         InputError: a target that cannot be run in fixed shapes.
+        ValueError: a tree that the draft cannot propose.
     """
 
     def __init__(
@@ -76,8 +82,9 @@ class Rounds:
         keep_states: bool = False,
         top_k: int = 0,
         top_p: float = 1.0,
+        tree: Tree | None = None,
     ) -> None:
-        if network is None and block:
+        if network is None and (block or tree):
             raise ValueError("without a draft nothing is proposed")
         if network is not None and taps:
             raise ValueError("a draft has taps of its own")
@@ -92,6 +99,9 @@ class Rounds:
             keep_features=bool(taps),
         )
         device = target.device
+        if tree is not None and network is not None:
+            check_tree(tree, network)
+        self.plan = None if tree is None else TreePlan(tree, device)
         self.context = (
             None
             if network is None
@@ -109,7 +119,7 @@ class Rounds:
         self.active = torch.ones(batch, dtype=torch.long, device=device)
         self.temperatures = torch.ones(batch, device=device)
         self.uniforms = torch.zeros(batch, 2 * block + 1, dtype=torch.float64, device=device)
-        self.emitted = torch.zeros(batch, block + 2, dtype=torch.long, device=device)
+        self.emitted = torch.zeros(batch, self.longest + 2, dtype=torch.long, device=device)
         self.signals = torch.zeros(batch, block, len(SIGNALS), dtype=torch.float64, device=device)
         self._every = torch.arange(batch, device=device)
         self._prompt: dict[tuple[int, int], Tensor] = {}
@@ -118,10 +128,20 @@ class Rounds:
 
     # What is asked of it
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a round that are emitted besides the target's own."""
+        return max(self.block, 0 if self.plan is None else self.plan.tree.depth)
+
+    @property
+    def width(self) -> int:
+        """Most tokens of a round that are proposed."""
+        return max(self.block, 0 if self.plan is None else self.plan.tree.size)
+
     def shown(self, longest: int) -> int:
         """Positions that a round must read where the longest request holds so many before it: a power of two, so that
         few graphs do; all of them where a graph takes a minute to compile."""
-        return self.capacity if self._compiled else min(_power_of_two(longest + self.block + 1), self.capacity)
+        return self.capacity if self._compiled else min(_power_of_two(longest + self.width + 1), self.capacity)
 
     def begin(self, row: int, prompt: Tensor) -> None:
         """Put a request into a place: all of its prompt but the anchor is read.
@@ -183,10 +203,11 @@ class Rounds:
         Args:
             sampled: which rounds.
             places: numbers of places; None for all of them.
-            blocks: block lengths; None for the longest.
+            blocks: block lengths; None for the longest, or the tree.
         """
+        lengths: Sequence[int | None] = blocks or [None]
         sizes = sorted({self.shown(longest) for longest in range(0, self.capacity, ALIGNMENT)})
-        for count, block, shown in itertools.product(places or [self.batch], blocks or [self.block], sizes):
+        for count, block, shown in itertools.product(places or [self.batch], lengths, sizes):
             self.round(shown=shown, sampled=sampled, places=count, block=block)
             self.reset()
 
@@ -230,10 +251,16 @@ class Rounds:
             shown: at least what any request holds after it; see the method of that name.
             sampled: by `temperatures` and `uniforms`.
             places: of the first so many requests; None for all.
-            block: tokens proposed; None for the longest block.
+            block: tokens proposed; None for the longest block, or for the tree where there is one and the round is
+                greedy and not recorded.
             recorded: also note `signals`, in a program of its own.
         """
         count = self.batch if places is None else places
+        if self.plan is not None and block is None and not sampled and not recorded:
+            self.programs.run(
+                ("tree", count, shown), functools.partial(self._tree_round, self.plan, count, shown), compiled=True
+            )
+            return
         length = self.block if block is None else block
         self.programs.run(
             ("recorded round" if recorded else "round", count, length, shown, int(sampled)),
@@ -243,13 +270,18 @@ class Rounds:
 
     def parts(self, *, shown: int, sampled: bool) -> dict[str, Callable[[], None]]:
         """The parts of a round, captured apart, for who times them; they leave the round's state in disorder."""
-        block = self.anchors[:, None].expand(-1, self.block + 1).contiguous()
+        plan = None if sampled else self.plan
+        width = 1 + (self.block if plan is None else plan.tree.size)
+        block = self.anchors[:, None].expand(-1, width).contiguous()
 
         def draft() -> None:
-            self._draft(self.batch, self.block, shown, sampled, recorded=False)
+            if plan is None:
+                self._draft(self.batch, self.block, shown, sampled, recorded=False)
+            else:
+                self._draft_tree(plan, self.batch, shown)
 
         def verify() -> None:
-            self.target.logits(self.target.run(block, self.lengths, None, shown=shown)[0])
+            self.target.logits(self.target.run(block, self.lengths, None, shown=shown, tree=plan)[0])
 
         return {
             "draft": self.programs.capture(draft, compiled=True),
@@ -259,26 +291,44 @@ class Rounds:
     # What is captured
 
     def _round(self, places: int, length: int, shown: int, sampled: bool, recorded: bool) -> None:
-        anchors, lengths = self.anchors[:places], self.lengths[:places]
         tokens, rows = self._draft(places, length, shown, sampled, recorded=recorded)
-        ids = torch.cat([anchors[:, None], tokens], dim=1)
-        states, features = self.target.run(ids, lengths, None, shown=shown)
+        ids = torch.cat([self.anchors[:places, None], tokens], dim=1)
+        states, features = self.target.run(ids, self.lengths[:places], None, shown=shown)
         logits = self.target.logits(states)
         if sampled:
             emitted, stood = self._accept_sampled(tokens, rows, logits)
         else:
-            emitted = logits.argmax(-1)
-            stood = (tokens == emitted[:, :-1]).long().cumprod(1).sum(1)
+            emitted, stood = accept_greedy(tokens, logits.argmax(-1))
+        self._go_on(emitted, stood, features)
+
+    def _tree_round(self, plan: TreePlan, places: int, shown: int) -> None:
+        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown)], dim=1)
+        lengths = self.lengths[:places]
+        states, features = self.target.run(ids, lengths, None, shown=shown, tree=plan)
+        emitted, stood, ways = accept_tree(ids, self.target.logits(states).argmax(-1), plan)
+        self.target.keep(ways, lengths)
+        self._go_on(emitted, stood, features[self._every[:places, None], ways])
+
+    def _go_on(self, emitted: Tensor, stood: Tensor, features: Tensor) -> None:
+        """Read what stands, and take the token after it for the next anchor.
+
+        Args:
+            emitted: int64 `[B, n]`, see `accept_greedy`.
+            stood: int64 `[B]`.
+            features: `[B, n, m * D]`, of the tokens before these.
+        """
+        places, count = emitted.shape
+        anchors, lengths = self.anchors[:places], self.lengths[:places]
         written = stood + 1
         if self.context is not None and self.network is not None:
-            self.context.reading(self._every[:places], written, width=length + 1)
+            self.context.reading(self._every[:places], written, width=count)
             self.network.read(features.flatten(0, 1), emitted.flatten(), self.context)
         anchors.copy_(emitted.gather(1, stood[:, None])[:, 0])
         # Ballast stays where it is, or it would come to its place's end.
         lengths.addcmul_(written, self.active[:places])
         if self.context is not None:
             self.context.read(lengths)
-        self.emitted[:places, : length + 1].copy_(emitted)
+        self.emitted[:places, :count].copy_(emitted)
         self.emitted[:places, -1].copy_(written)
 
     def _draft(
@@ -310,6 +360,26 @@ class Rounds:
             tokens.append(previous)
         return torch.stack(tokens, dim=1), rows
 
+    def _draft_tree(self, plan: TreePlan, places: int, shown: int) -> Tensor:
+        """The nodes' tokens, int64 `[B, N]`, by depth."""
+        network, context, anchors = self.network, self.context, self.anchors[:places]
+        assert network is not None and context is not None, "a tree is drafted"
+        context.shown = shown
+        context.drafting(places)
+        context.branching(plan.entries)
+        block, tokens = network.begin_tree(anchors, context, plan.tree.depth), anchors[:, None]
+        levels = []
+        for level in plan.levels:
+            inner = tokens if level.count == tokens.shape[1] else tokens.index_select(1, level.among)
+            rows = network.branch(block, level, inner)
+            best = rows.topk(level.children, dim=-1).indices if level.children > 1 else rows.argmax(-1, keepdim=True)
+            index = best.flatten(1)
+            if level.taken.shape[0] < index.shape[1]:
+                index = index.index_select(1, level.taken)
+            tokens = index if network.vocabulary is None else network.vocabulary[index]
+            levels.append(tokens)
+        return torch.cat(levels, dim=1)
+
     def _processed(self, logits: Tensor, temperatures: Tensor) -> Tensor:
         """Logits whose softmax is sampled from, `[..., V]`, target's and draft's alike."""
         scaled = logits.float() / temperatures
@@ -321,28 +391,14 @@ class Rounds:
     def _accept_sampled(self, tokens: Tensor, rows: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Emitted tokens `[B, W]`, valid up to the one after those that stand, and how many stand, `[B]`."""
         places, block = tokens.shape
-        probs = torch.softmax(self._processed(logits, self.temperatures[:places, None, None]), dim=-1)
-        following = self.uniforms[:places, -1]
-        if not block:
-            return drawn(probs[:, 0], following)[:, None], torch.zeros_like(self.lengths[:places])
-        drafted = torch.stack(rows, dim=1)
-        vocabulary = self.network.vocabulary if self.network is not None else None
-        own = tokens if vocabulary is None else torch.searchsorted(vocabulary, tokens)
-        chance = probs[:, :block].gather(2, tokens[..., None])[..., 0] / drafted.gather(2, own[..., None])[..., 0]
-        stood = (self._accepting(places, block) < chance).long().cumprod(1).sum(1)
-        every = self._every[:places]
-        row = probs[every, stood]
-        taken = drafted[every, stood.clamp(max=block - 1)] * (stood < block)[:, None]
-        left = row.clone()
-        if vocabulary is None:
-            left -= taken
-        else:
-            left[:, vocabulary] -= taken
-        left.clamp_(min=0.0)
-        token = drawn(torch.where(left.sum(-1, keepdim=True) > 0, left, row), following)
-        positions = torch.arange(block + 1, device=tokens.device)
-        padded = torch.cat([tokens, tokens[:, :1]], dim=1)
-        return torch.where(positions < stood[:, None], padded, token[:, None]), stood
+        return accept_sampled(
+            tokens,
+            torch.stack(rows, dim=1) if rows else None,
+            torch.softmax(self._processed(logits, self.temperatures[:places, None, None]), dim=-1),
+            accepting=self._accepting(places, block),
+            following=self.uniforms[:places, -1],
+            vocabulary=None if self.network is None else self.network.vocabulary,
+        )
 
     def _accepting(self, places: int, block: int) -> Tensor:
         """The numbers that accept a block, `[B, G]`: none that has drawn a token of it."""
@@ -416,6 +472,20 @@ class Rounds:
         """What a round changes of its requests, besides the states that lie at their positions."""
         held = [] if self.context is None else self.context.state()
         return [self.anchors, self.lengths, self.active, *held]
+
+
+def check_tree(tree: Tree, network: FeatureNetwork) -> None:
+    """Refuse a tree that a draft cannot propose.
+
+    Raises:
+        ValueError: it is too deep, or wants more tokens after one than the draft knows.
+    """
+    known = network.shape.vocab if network.vocabulary is None else network.vocabulary.shape[0]
+    if tree.depth > network.deepest or tree.most_children > known:
+        raise ValueError(
+            f"a tree of {tree.depth} levels and up to {tree.most_children} tokens after one; the draft goes on to "
+            f"{network.deepest} tokens and knows {known}"
+        )
 
 
 def _power_of_two(needed: int) -> int:

@@ -15,6 +15,7 @@ from inference.errors import InputError
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
+from inference.trees import TreePlan
 
 # Positions read are cut to multiples of this, which masked attention kernels want.
 ALIGNMENT = 64
@@ -89,7 +90,9 @@ class StaticTarget:
         self._every = torch.arange(batch, device=device)
         self._groups = first.heads // first.kv_heads
 
-    def run(self, ids: Tensor, starts: Tensor, rows: Tensor | None, *, shown: int) -> tuple[Tensor, Tensor]:
+    def run(
+        self, ids: Tensor, starts: Tensor, rows: Tensor | None, *, shown: int, tree: TreePlan | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Feed W tokens to each of R requests, at their own positions; later ones there are overwritten.
 
         Args:
@@ -97,17 +100,23 @@ class StaticTarget:
             starts: int64 `[R]`, positions before the tokens, at most C - W.
             rows: int64 `[R]`, the requests; None for the first R, whose keys and values are read where they lie.
             shown: S, at least what any of them holds with these tokens.
+            tree: whose anchor and nodes the tokens are; None for a chain. See `keep` for what stays of it.
 
         Returns:
             The head's inputs `[R, W, D]`, and features `[R, W, m * D]`, `[R, W, 0]` without taps.
         """
         count, width = ids.shape
-        positions = starts[:, None] + torch.arange(width, device=ids.device)
+        held = starts[:, None] + torch.arange(width, device=ids.device)
         places = self._every[:count] if rows is None else rows
-        flat = (places[:, None] * self.capacity + positions).flatten()
+        flat = (places[:, None] * self.capacity + held).flatten()
+        if tree is None:
+            positions, seen = held, self._columns[:shown] <= held[:, :, None]
+        else:
+            positions = starts[:, None] + tree.depths
+            behind = (self._columns[:shown] - starts[:, None]).clamp(-1, width) + 1
+            seen = tree.seen[:, behind].transpose(0, 1)
         tables = self._cosine[positions], self._sine[positions]
         # The queries of a group are further rows of one product: `[R, 1, groups * W, S]`.
-        seen = self._columns[:shown] <= positions[:, :, None]
         mask = seen.repeat(1, self._groups, 1)[:, None]
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
@@ -136,6 +145,23 @@ class StaticTarget:
             if kept is not None:
                 kept.view(-1, kept.shape[-1]).index_copy_(0, flat, new.flatten(0, 1).to(kept.dtype))
         return normed, features
+
+    def keep(self, ways: Tensor, starts: Tensor) -> None:
+        """Let tokens of the pass over a tree lie one after another, at the first places of the pass.
+
+        Args:
+            ways: int64 `[R, n]`, which of the W tokens of the first R requests, the first in the first place.
+            starts: int64 `[R]`, positions before the pass.
+        """
+        count, length = ways.shape
+        first = (self._every[:count] * self.capacity + starts)[:, None]
+        source, place = (first + ways).flatten(), (first + torch.arange(length, device=ways.device)).flatten()
+        held = self._held.flatten(2, 3)
+        held.index_copy_(2, place, held.index_select(2, source))
+        for kept in (self.states, self.features):
+            if kept is not None:
+                rows = kept.flatten(0, 1)
+                rows.index_copy_(0, place, rows.index_select(0, source))
 
     def move(self, source: int, place: int, *, length: int) -> None:
         """Let a request's first positions lie in another place too, with all that is kept of them."""

@@ -65,12 +65,12 @@ def round_seconds(rounds: Rounds, *, length: int, sampled: bool, by_part: bool =
     Args:
         rounds: of any number of requests.
         length: tokens before the anchor.
-        sampled: at a temperature.
+        sampled: at a temperature; greedy rounds propose the tree where there is one.
         by_part: also capture and time the parts; without it, and without a draft, all counts as verifying.
     """
     device = rounds.anchors.device
     whole = replay_seconds(steady_round(rounds, length=length, sampled=sampled), device)
-    if not by_part or not rounds.block:
+    if not by_part or not rounds.width:
         return RoundSeconds(whole, 0.0, whole)
     parts = rounds.parts(shown=rounds.shown(length), sampled=sampled)
     return RoundSeconds(whole, **{name: replay_seconds(part, device) for name, part in parts.items()})

@@ -25,6 +25,7 @@ SEED_DRAFT = Path(__file__).parents[2] / "distill" / "seeds" / "smollm2-135m" / 
 """The draft that comes with dspark."""
 
 HELD_OUT = ("gsm8k_heldout", "human_eval", "mt_bench")
+TRAINING = ("gsm8k_train", "codeio", "chitchat")
 _MAX_PROMPT_TOKENS = 512
 
 
@@ -119,12 +120,23 @@ class Bench:
         Raises:
             InputError: none is short enough, or the file cannot be read.
         """
+        chosen = self._chosen_prompts(self._sources(), self.options.prompts if count is None else count)
+        if not chosen:
+            where = str(self.options.prompt_file or ", ".join(HELD_OUT))
+            raise InputError("no prompt is short enough", where=where, mend="add shorter ones to --prompt-file")
+        return chosen
+
+    def training_prompts(self, count: int) -> list[ScorePrompt]:
+        """Likewise of training questions, for what is chosen before anything is measured."""
+        return self._chosen_prompts([PackagePrompts(dataset=name) for name in TRAINING], count)
+
+    def _chosen_prompts(self, sources: Sequence[SourceConfig], wanted: int) -> list[ScorePrompt]:
         options = self.options
         limit = min(_MAX_PROMPT_TOKENS, self.context_limit - options.max_new_tokens - 1)
         tokenizer = load_tokenizer(self.target_folder)
         context = SourceContext(tokenizer=tokenizer, seed=options.seed)
         groups = []
-        for source in self._sources():
+        for source in sources:
             found = []
             for prompt in sorted(source.load(context), key=lambda p: rank(p.id, seed=options.seed)):
                 ids = render_prompt(tokenizer, messages_for(prompt.turns, system=prompt.system))
@@ -132,12 +144,7 @@ class Bench:
                     name = f"{prompt.source}/{prompt.id}"
                     found.append(ScorePrompt(name, prompt.domain, torch.tensor(ids, device=self.device)))
             groups.append(found)
-        wanted = options.prompts if count is None else count
-        chosen = round_robin(groups, wanted)[:wanted]
-        if not chosen:
-            where = str(options.prompt_file or ", ".join(HELD_OUT))
-            raise InputError(f"no prompt within {limit} tokens", where=where, mend="add shorter ones to --prompt-file")
-        return chosen
+        return round_robin(groups, wanted)[:wanted]
 
     def _sources(self) -> list[SourceConfig]:
         if self.options.prompt_file is not None:

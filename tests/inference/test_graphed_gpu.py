@@ -22,6 +22,7 @@ from inference.scoring import explain_mismatch
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import near, plainly, prompt
+from tests.inference.test_trees import BUSHY
 
 pytestmark = pytest.mark.gpu
 GREEDY = Request(settings=SamplingSettings(), max_new_tokens=40)
@@ -55,6 +56,30 @@ def test_captured_rounds_give_the_ordinary_decoders_tokens(exact: CausalModel, k
         tokens = prompt(20, seed=seed).cuda()
         wanted = plainly(exact, network, tokens, GREEDY)
         assert decoder.decode(tokens, request=GREEDY, seed=0).tokens == wanted.tokens
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "eagle3"])
+def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: str, compiled: bool) -> None:
+    network = network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
+    network.bind(exact)
+    decoder = GraphedDecoder(Rounds(exact, network, block=network.block, capacity=256, compiled=compiled, tree=BUSHY))
+    on_host = network_for(CONFIGS[kind], family_on_cpu())
+    same = GraphedDecoder(Rounds(family_lean(), on_host, block=network.block, capacity=256, tree=BUSHY))
+    for seed in (3, 4, 5):
+        tokens = prompt(20, seed=seed)
+        given = decoder.decode(tokens.cuda(), request=GREEDY, seed=0)
+        assert given.tokens == plainly(exact, None, tokens.cuda(), GREEDY).tokens
+        # Nor does the device propose other tokens than a CPU.
+        assert given.passes == same.decode(tokens, request=GREEDY, seed=0).passes
+
+
+def family_lean() -> CausalModel:
+    made = family_on_cpu()
+    use_grouped_attention(made.model)
+    use_lean_layers(made.model)
+    return made
 
 
 def family_on_cpu() -> CausalModel:

@@ -1,7 +1,8 @@
 """Rounds captured as graphs on a GPU: a feature draft against target-only decoding captured with the same care.
 
-Both arms replay one graph a round and look once, at what it emitted. Every block length up to the draft's own is an
-arm of its own, so that the table shows which pays; the goal is held against the draft's own length.
+Both arms replay one graph a round and look once, at what it emitted. Every block length is an arm of its own, and so is
+every tree, which greedy requests alone go by; trees are chosen on training questions. The goal is held against the last
+arm.
 """
 
 import itertools
@@ -16,20 +17,24 @@ from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
 from inference.feature_networks import FeatureNetwork
 from inference.feature_networks._checkpoint import load_network
+from inference.graphed.arms import capacity_for
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.timing import round_seconds, steady_round
 from inference.lookahead.fixed import FixedLookahead
-from inference.model import CausalModel
 from inference.records import Record
-from inference.scoring import Arm
+from inference.scoring import Arm, ScorePrompt
 from inference.statistics import BASELINE, Estimate, find_card, scorecards
+from inference.target import stop_tokens
+from inference.tree_choice import continuations
+from inference.trees import Tree
 from pipelines.bench.bench import Bench
 from pipelines.bench.decoding import answers_figure
 from pipelines.bench.outcome import Figure, Goal, Outcome
 from pipelines.progress import tracked
 
 GOAL = Goal(3.0)
+_CONTEXT_TOKENS = 128  # behind which a round is timed
 
 
 @dataclass(kw_only=True)
@@ -40,7 +45,10 @@ class Config:
         kind: this row.
         temperatures: 0 is greedy.
         blocks: tokens proposed a round, an arm each; 0 for the draft's own length.
-        capacity: positions of a request.
+        trees: tokens proposed a round in a tree, an arm each.
+        tree_depth: most tokens of a path of it.
+        tree_prompts: training questions whose answers choose the trees.
+        capacity: positions of a request; 0 for as many as the prompts want.
         compiled: fuse kernels before they are captured; a minute for each arm and temperature.
         profile: kernels listed of a round, by the time they take; 0 for none.
     """
@@ -48,7 +56,10 @@ class Config:
     kind: str = "captured"
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     blocks: list[int] = field(default_factory=lambda: [2, 3, 0])
-    capacity: int = 512
+    trees: list[int] = field(default_factory=lambda: [16, 32, 64])
+    tree_depth: int = 8
+    tree_prompts: int = 48
+    capacity: int = 0
     compiled: bool = False
     profile: int = 3
 
@@ -63,21 +74,34 @@ class Config:
         target = bench.target(bench.block_precision)
         network = load_network(bench.options.draft or bench.draft_folder, target, precision=target.precision)
         lengths = sorted({min(length or network.block, network.block) for length in self.blocks})
-        arms = [_arm(BASELINE, target, None, self, 0)]
-        arms += [_arm(f"draft-{length}", target, network, self, length) for length in lengths]
-        prompts = bench.prompts()
-        for arm, temperature in itertools.product(arms, self.temperatures):
-            assert arm.captured is not None, "all arms are captured"
-            arm.captured.rounds.prepare(sampled=temperature > 0.0)
+        prompts, questions = bench.prompts(), self._questions(bench)
+        longest = max(prompt.tokens.shape[0] for prompt in [*prompts, *questions]) + bench.options.max_new_tokens
+        capacity = self.capacity or capacity_for(target, longest, block=max([network.block, *self.trees]))
+
+        def arm_of(name: str, block: int, tree: Tree | None = None) -> Arm:
+            """Captured; the draft's own drafter gives its name and bytes."""
+            own = network if block or tree else None
+            rounds = Rounds(target, own, block=block, capacity=capacity, compiled=self.compiled, tree=tree)
+            drafter = NoDrafter() if own is None else FeatureDrafter(own)
+            return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
+
+        arms = [arm_of(BASELINE, 0), *(arm_of(f"draft-{length}", length) for length in lengths)]
+        notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
+        for tree, expected in self._trees(bench, questions, arms[0], network):
+            arms.append(arm_of(f"tree-{tree.size}", 0, tree))
+            notes.append(f"{arms[-1].name}: {tree.depth} levels, tau {expected:.2f} on training questions")
+        for temperature in self.temperatures:
+            for arm in _at(arms, temperature):
+                assert arm.captured is not None, "all arms are captured"
+                arm.captured.rounds.prepare(sampled=temperature > 0.0)
         for prompt in prompts[:2]:
-            bench.scored(arms, prompt, self.temperatures)
+            self._scored(bench, arms, prompt)
         records = [
             record
             for prompt in tracked(prompts, self.kind, unit="prompts")
-            for record in bench.scored(arms, prompt, self.temperatures)
+            for record in self._scored(bench, arms, prompt)
         ]
         figures = self._speedups(records, arms, seed=bench.options.seed)
-        notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
         for arm in arms:
             seconds, kernels = self._round_seconds(arm)
             figures += [_milliseconds(f"{arm.name}: {part} of a round", value) for part, value in seconds.items()]
@@ -86,12 +110,41 @@ class Config:
         figures.append(Figure("peak memory of the device", Estimate(peak, None, None), unit="MiB"))
         return Outcome(figures, records, notes)
 
+    def _questions(self, bench: Bench) -> list[ScorePrompt]:
+        """What trees are chosen on; none where no tree is wanted."""
+        wanted = self.trees and 0.0 in self.temperatures
+        return bench.training_prompts(self.tree_prompts) if wanted else []
+
+    def _trees(
+        self, bench: Bench, questions: list[ScorePrompt], baseline: Arm, network: FeatureNetwork
+    ) -> list[tuple[Tree, float]]:
+        """The trees, and the tau each has on the questions that it was chosen on."""
+        if not questions:
+            return []
+        assert baseline.captured is not None, "all arms are captured"
+        depth = min(self.tree_depth, network.deepest)
+        known = continuations(
+            baseline.captured,
+            FeatureDrafter(network),
+            questions,
+            depth=depth,
+            max_new_tokens=bench.options.max_new_tokens,
+            stop_tokens=stop_tokens(baseline.target),
+        )
+        trees = [known.best(size, depth=depth) for size in sorted(self.trees)]
+        return [(tree, known.tau(tree)) for tree in dict.fromkeys(trees)]
+
+    def _scored(self, bench: Bench, arms: list[Arm], prompt: ScorePrompt) -> list[Record]:
+        return [record for t in self.temperatures for record in bench.scored(_at(arms, t), prompt, [t])]
+
     def _speedups(self, records: list[Record], arms: list[Arm], *, seed: int) -> list[Figure]:
         """Of every block length at every temperature, with what they were by domain; and the greedy answers."""
         cards = scorecards(records, seed=seed)
         domains = sorted({record.domain for record in records})
         figures = []
         for arm, temperature in itertools.product(arms[1:], self.temperatures):
+            if arm not in _at(arms, temperature):
+                continue
             card = find_card(cards, arm.name, temperature=temperature)
             apart = {d: find_card(cards, arm.name, domain=d, temperature=temperature) for d in domains}
             detail = {
@@ -113,8 +166,8 @@ class Config:
         """Seconds of a greedy round and of its parts, captured apart, and its longest kernels in words."""
         assert arm.captured is not None, "all arms are captured"
         rounds = arm.captured.rounds
-        context_tokens = self.capacity // 4
-        by_part = bool(rounds.block) and not self.compiled
+        context_tokens = min(_CONTEXT_TOKENS, rounds.capacity // 2)
+        by_part = bool(rounds.width) and not self.compiled
         timed = round_seconds(rounds, length=context_tokens, sampled=False, by_part=by_part)
         seconds = {"whole": timed.whole}
         if by_part:
@@ -124,11 +177,9 @@ class Config:
         return seconds, _kernels(whole, self.profile) if self.profile else "no profile"
 
 
-def _arm(name: str, target: CausalModel, network: FeatureNetwork | None, config: Config, block: int) -> Arm:
-    """A captured arm; the draft's own drafter gives its name and bytes."""
-    rounds = Rounds(target, network, block=block, capacity=config.capacity, compiled=config.compiled)
-    drafter = NoDrafter() if network is None else FeatureDrafter(network)
-    return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
+def _at(arms: list[Arm], temperature: float) -> list[Arm]:
+    """The arms that go by what they are named for at a temperature."""
+    return [arm for arm in arms if temperature == 0.0 or arm.captured is None or arm.captured.tree is None]
 
 
 def _kernels(work: Callable[[], None], count: int) -> str:

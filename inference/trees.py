@@ -1,0 +1,249 @@
+"""Trees of proposed tokens: several continuations in one pass, of which the target's own choice takes one path.
+
+A tree is fixed before a request. Each node stands for the token that the draft finds r-th likeliest after the tokens on
+the way to it, so a path of ranks names a node, and how often the target's own continuation has these ranks says what
+the node is worth: the best tree of n nodes is that of the n most frequent paths, each of which comes with all its
+beginnings (as in Sequoia, Chen et al. 2024, section 3.1, but with paths counted instead of assumed independent).
+
+Greedy verification of a tree is exact: of a node's children one at most is the target's choice, so what is emitted is
+the target's own sequence whatever the tree is.
+
+Letters in shapes: N nodes, W = N + 1 tokens of a pass, the anchor first; D depth; R requests.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.errors import InputError
+
+Path = tuple[int, ...]
+"""Ranks on the way from the anchor to a node, 0 for the likeliest."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What is proposed in a round.
+
+    Attributes:
+        paths: of the nodes, by depth and then by ranks; every beginning of one is another.
+
+    Raises:
+        ValueError: no nodes, a path whose beginning is missing, a path twice, or another order.
+    """
+
+    paths: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        known = set(self.paths)
+        if not known or len(known) < len(self.paths) or list(self.paths) != sorted(known, key=_level_order):
+            raise ValueError("a tree has nodes, each once, by depth")
+        if any(not path or min(path) < 0 or (path[:-1] and path[:-1] not in known) for path in known):
+            raise ValueError("a path of a tree lacks a beginning")
+
+    @classmethod
+    def of(cls, paths: Iterable[Sequence[int]]) -> "Tree":
+        """The tree of these paths, in any order."""
+        return cls(tuple(sorted({tuple(path) for path in paths}, key=_level_order)))
+
+    @classmethod
+    def chain(cls, length: int) -> "Tree":
+        """One path of the likeliest tokens."""
+        return cls(tuple((0,) * depth for depth in range(1, length + 1)))
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.paths)
+
+    @property
+    def depth(self) -> int:
+        """D, tokens of the longest path."""
+        return len(self.paths[-1])
+
+    @property
+    def parents(self) -> list[int]:
+        """Of each node, counted from 1: 0 is the anchor."""
+        place = {path: node for node, path in enumerate(self.paths, start=1)}
+        return [place.get(path[:-1], 0) for path in self.paths]
+
+    @property
+    def most_children(self) -> int:
+        """Rank of the least likely token asked for, and one: what the draft's vocabulary must hold."""
+        return 1 + max(path[-1] for path in self.paths)
+
+    def cut(self, depth: int) -> "Tree":
+        """Its nodes down to some depth."""
+        return Tree(tuple(path for path in self.paths if len(path) <= depth))
+
+    def to_json(self) -> list[list[int]]:
+        """For a file."""
+        return [list(path) for path in self.paths]
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str) -> "Tree":
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: no tree.
+        """
+        try:
+            return cls.of([int(rank) for rank in path] for path in data)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the tree is off: {error}", where=where, mend="publish the pair again") from None
+
+
+def _level_order(path: Path) -> tuple[int, Path]:
+    return len(path), path
+
+
+class Continuations:
+    """What the target went on with after each anchor of its greedy answers, as ranks in the draft's rows.
+
+    Args:
+        most_rank: ranks from here on are not told apart: no tree wants so many children of a node.
+    """
+
+    def __init__(self, most_rank: int = 16) -> None:
+        self._most_rank = most_rank
+        self._answers: list[list[Path]] = []
+        self._counts: Counter[Path] = Counter()
+
+    def add(self, ranks: Sequence[Sequence[int]]) -> None:
+        """Count one answer.
+
+        Args:
+            ranks: of every anchor, those of the tokens after it; -1 where the draft cannot propose one. What is longer
+                than the answer goes on is not looked at.
+        """
+        answer = []
+        for anchor, row in enumerate(ranks):
+            known = [rank if 0 <= rank < self._most_rank else -1 for rank in row[: len(ranks) - anchor]]
+            path = tuple(known[: known.index(-1)] if -1 in known else known)
+            self._counts.update(path[:depth] for depth in range(1, len(path) + 1))
+            answer.append(path)
+        self._answers.append(answer)
+
+    def best(self, nodes: int, *, depth: int) -> Tree:
+        """The tree of the most frequent paths; fewer nodes where fewer were seen, a chain of one where none was.
+
+        Args:
+            nodes: N, at least 1.
+            depth: most tokens of a path.
+        """
+        counts = self._counts
+        found = sorted((path for path in counts if len(path) <= depth), key=lambda p: (-counts[p], len(p), p))
+        # A path is no more frequent than its beginnings, and comes after them where it is as frequent.
+        return Tree.of(found[:nodes]) if found else Tree.chain(1)
+
+    def tau(self, tree: Tree) -> float:
+        """Tokens of a round where these answers are decoded with a tree: exact, as each is the only one there is."""
+        known, tokens, rounds = set(tree.paths), 0, 0
+        for answer in self._answers:
+            anchor = 0
+            while anchor < len(answer):
+                path = answer[anchor]
+                anchor += 1 + next((d for d in range(len(path)) if path[: d + 1] not in known), len(path))
+                rounds += 1
+            tokens += len(answer)
+        return tokens / max(1, rounds)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One step of drafting a tree: the tokens whose children are proposed.
+
+    Attributes:
+        depth: of these tokens; 0 is the anchor.
+        count: how many of them have children.
+        among: int64 `[count]`, where they are among all nodes of their depth.
+        before: int64 `[count]`, where their parents are among those of the level before.
+        first: of these tokens among all that are read while drafting; the anchor's step reads nothing new.
+        seen: bool `[count, E + 2]`, by column: the context, each of the E tokens read, and what is beyond.
+        children: most children of one.
+        taken: int64 `[nodes of the next depth]`, `children` times the place of the parent plus the rank.
+    """
+
+    depth: int
+    count: int
+    among: Tensor
+    before: Tensor
+    first: int
+    seen: Tensor
+    children: int
+    taken: Tensor
+
+
+class TreePlan:
+    """A tree as tensors, for rounds of fixed shapes.
+
+    Args:
+        tree: what is proposed.
+        device: where the rounds run.
+
+    Attributes:
+        tree: as given.
+        levels: the steps of drafting it.
+        depths: int64 `[W]`, of the anchor and the nodes.
+        parents: int64 `[W]`; the anchor's is itself.
+        above: bool `[W, W]`, which tokens lie on the way to one, itself included.
+        seen: bool `[W, W + 2]`, what a token sees in the pass that verifies: the context, the tokens of the pass, what
+            is beyond.
+        ways: int64 `[W, D + 1]`, the tokens on the way to one, the last repeated.
+    """
+
+    def __init__(self, tree: Tree, device: torch.device) -> None:
+        self.tree = tree
+        parents = [0, *tree.parents]
+        depths = [0, *(len(path) for path in tree.paths)]
+        ways: list[list[int]] = [[0]]
+        for node in range(1, len(parents)):
+            ways.append([*ways[parents[node]], node])
+        above = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+        for node, way in enumerate(ways):
+            above[node, way] = True
+        self.depths, self.parents = torch.tensor(depths, device=device), torch.tensor(parents, device=device)
+        self.above, self.seen = above.to(device), _with_ends(above).to(device)
+        self.ways = torch.tensor([[*way, *[way[-1]] * (tree.depth + 1 - len(way))] for way in ways], device=device)
+        self.levels = _levels(tree, parents, depths, above, device)
+
+    @property
+    def entries(self) -> int:
+        """E, tokens read while drafting."""
+        return sum(level.count for level in self.levels[1:])
+
+
+def _levels(tree: Tree, parents: list[int], depths: list[int], above: Tensor, device: torch.device) -> list[Level]:
+    by_depth = [[node for node, own in enumerate(depths) if own == depth] for depth in range(tree.depth + 1)]
+    inner = [[node for node in nodes if node in set(parents[1:])] for nodes in by_depth[:-1]]
+    read = [node for nodes in inner[1:] for node in nodes]
+    levels, first = [], 0
+    for depth, nodes in enumerate(inner):
+        following = by_depth[depth + 1]
+        ranks = [tree.paths[node - 1][-1] for node in following]
+        children = 1 + max(ranks)
+        taken = [nodes.index(parents[node]) * children + rank for node, rank in zip(following, ranks, strict=True)]
+        levels.append(
+            Level(
+                depth=depth,
+                count=len(nodes),
+                among=torch.tensor([by_depth[depth].index(node) for node in nodes], device=device),
+                before=torch.tensor([inner[depth - 1].index(parents[n]) if depth else 0 for n in nodes], device=device),
+                first=first,
+                seen=_with_ends(above[nodes][:, read]).to(device),
+                children=children,
+                taken=torch.tensor(taken, device=device),
+            )
+        )
+        first += len(nodes) if depth else 0
+    return levels
+
+
+def _with_ends(above: Tensor) -> Tensor:
+    """A column for the context, which all see, in front, and one for what is beyond, which none sees, behind."""
+    rows = above.shape[0]
+    return torch.cat([torch.ones(rows, 1, dtype=torch.bool), above, torch.zeros(rows, 1, dtype=torch.bool)], dim=1)

@@ -1,0 +1,310 @@
+"""Trees of proposed tokens: greedy rounds with any tree emit the target's own tokens, and the tree that is chosen is
+worth what the choice says."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from inference.attention import use_grouped_attention
+from inference.drafters.feature import FeatureDrafter
+from inference.errors import InputError
+from inference.feature_networks import FeatureNetwork
+from inference.graphed import rounds as rounds_module
+from inference.graphed.acceptance import accept_tree
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.rounds import Rounds
+from inference.lean import use_lean_layers
+from inference.model import CausalModel
+from inference.prescore.responses import fixed_response
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
+from inference.scoring import ScorePrompt
+from inference.trees import Continuations, Level, Tree, TreePlan
+from tests.inference.families import VOCAB, family_model
+from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
+from tests.inference.test_graphed import plainly, prompt
+
+KINDS = ("dflash", "dspark", "dspark-gated", "dspark-rnn", "eagle3")
+BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3), (1, 0, 0)])
+TREES = {
+    "chain": Tree.chain(3),
+    "bushy": BUSHY,
+    # Nodes that are likeliest only after one that is not, and leaves between nodes with children.
+    "crooked": Tree.of([(1,), (3,), (3, 2), (3, 4), (3, 2, 0), (3, 4, 1)]),
+    "one": Tree.chain(1),
+    "flat": Tree.of([(0,), (1,), (4,)]),
+}
+GREEDY = Request(settings=SamplingSettings(), max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def target() -> CausalModel:
+    model = family_model("llama", max_position_embeddings=256)
+    use_grouped_attention(model.model)
+    use_lean_layers(model.model)
+    return model
+
+
+# The tree itself
+
+
+def test_a_tree_is_its_paths() -> None:
+    assert BUSHY.size == 9 and BUSHY.depth == 3 and BUSHY.most_children == 4
+    assert BUSHY.parents == [0, 0, 0, 1, 1, 2, 4, 4, 6]
+    assert Tree.from_json(BUSHY.to_json(), where="pair.json") == BUSHY
+    assert Tree.chain(2).paths == ((0,), (0, 0))
+    assert BUSHY.cut(1) == Tree.of([(0,), (1,), (2,)])
+
+
+@pytest.mark.parametrize("paths", [[], [(0, 0)], [()], [(-1,)], [(0,), (1, 0)]])
+def test_what_is_no_tree_is_refused(paths: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError):
+        Tree.of(paths)
+    with pytest.raises(InputError, match="publish the pair again"):
+        Tree.from_json([list(path) for path in paths], where="pair.json")
+
+
+@pytest.mark.parametrize("data", [None, 3, [["x"]], [3]])
+def test_a_file_without_a_tree_is_refused(data: object) -> None:
+    with pytest.raises(InputError, match="the tree is off"):
+        Tree.from_json(data, where="pair.json")
+
+
+def test_the_plan_knows_ways_and_levels() -> None:
+    plan = TreePlan(BUSHY, torch.device("cpu"))
+    assert plan.ways.tolist()[9] == [0, 2, 6, 9] and plan.ways.tolist()[3] == [0, 3, 3, 3]
+    assert [level.count for level in plan.levels] == [1, 2, 2] and plan.entries == 4
+    assert plan.levels[1].among.tolist() == [0, 1] and plan.levels[2].before.tolist() == [0, 1]
+    # A token sees the context, its own way and nothing beyond.
+    for node, way in enumerate(plan.ways.tolist()):
+        seen = plan.seen[node].tolist()
+        assert seen[0] and not seen[-1]
+        assert {i for i, sees in enumerate(seen[1:-1]) if sees} == set(way)
+
+
+# What stands
+
+
+def walked(tree: Tree, ids: list[int], choices: list[int]) -> list[int]:
+    """Nodes that stand, one after another, by looking."""
+    place = {path: node for node, path in enumerate(tree.paths, start=1)}
+    path: tuple[int, ...] = ()
+    way = [0]
+    while True:
+        children = [place[own] for own in tree.paths if own[:-1] == path]
+        following = next((node for node in children if ids[node] == choices[way[-1]]), None)
+        if following is None:
+            return way
+        way.append(following)
+        path = tree.paths[following - 1]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_path_that_stands_is_the_targets_own(name: str) -> None:
+    tree = TREES[name]
+    plan = TreePlan(tree, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    rows = 2000
+    ids = torch.zeros(rows, tree.size + 1, dtype=torch.long)
+    # Children of a node are all different, of a small vocabulary so that much stands.
+    for row in range(rows):
+        for node in range(tree.size + 1):
+            children = [i for i, parent in enumerate(tree.parents, start=1) if parent == node]
+            ids[row, children] = torch.randperm(5, generator=generator)[: len(children)]
+    choices = torch.randint(5, ids.shape, generator=generator)
+    emitted, stood, ways = accept_tree(ids, choices, plan)
+    seen = set()
+    for row in range(rows):
+        way = walked(tree, ids[row].tolist(), choices[row].tolist())
+        count = int(stood[row])
+        assert ways[row, : count + 1].tolist() == way
+        assert emitted[row, : count + 1].tolist() == [int(choices[row, node]) for node in way]
+        seen.add(way[-1])
+    assert seen == set(range(tree.size + 1)), "every node was the last that stands"
+
+
+# Rounds
+
+
+@pytest.fixture
+def knowing(target: CausalModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Lets drafts lean towards what follows a token in the target's answers, so that trees stand in part."""
+    answers = [plainly(target, None, prompt(n, seed=n), GREEDY).tokens for n in (2, 17, 70)]
+    lean = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    for before, after in itertools.chain(*(itertools.pairwise(answer) for answer in answers)):
+        lean[before, after] += 6.0
+        # And as much towards others, so that the right one is not always the likeliest.
+        lean[before, torch.randint(VOCAB, (2,), generator=generator)] += 6.5
+
+    def know(network: FeatureNetwork) -> FeatureNetwork:
+        ids = slice(None) if network.vocabulary is None else network.vocabulary
+        branch = network.branch
+
+        def leaning(block: Any, level: Level, previous: torch.Tensor) -> torch.Tensor:
+            return branch(block, level, previous) + lean[:, ids][previous]
+
+        monkeypatch.setattr(network, "branch", leaning)
+        return network
+
+    yield know
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_rounds_with_a_tree_emit_the_targets_own_tokens(
+    target: CausalModel, knowing: Any, kind: str, reduced: bool, tree: str
+) -> None:
+    network = knowing(network_for(CONFIGS[kind], target, REDUCED if reduced else None))
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256, tree=TREES[tree]))
+    for length in (1, 2, 17, 70):
+        tokens = prompt(length, seed=length)
+        wanted = plainly(target, None, tokens, GREEDY).tokens
+        assert decoder.decode(tokens, request=GREEDY, seed=0).tokens == wanted
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_a_tree_that_is_a_chain_takes_the_rounds_of_a_chain(target: CausalModel, kind: str) -> None:
+    network = network_for(CONFIGS[kind], target)
+    chain = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    tree = GraphedDecoder(Rounds(target, network, block=0, capacity=256, tree=Tree.chain(network.block)))
+    for length in (2, 17, 70):
+        tokens = prompt(length, seed=length)
+        one, other = (decoder.decode(tokens, request=GREEDY, seed=0) for decoder in (chain, tree))
+        assert (one.tokens, one.passes, one.accepted) == (other.tokens, other.passes, other.accepted)
+
+
+def test_requests_of_a_batch_do_not_touch_each_other(target: CausalModel, knowing: Any) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    rounds = Rounds(target, network, block=network.block, batch=3, capacity=256, tree=BUSHY)
+    prompts = [prompt(2, seed=2), prompt(70, seed=70), prompt(17, seed=17)]
+    for row, tokens in enumerate(prompts):
+        rounds.begin(row, tokens)
+    answers: list[list[int]] = [[] for _ in prompts]
+    depths = set()
+    for _ in range(8):
+        rounds.round(shown=256, sampled=False)
+        for row, numbers in enumerate(rounds.emitted.tolist()):
+            answers[row] += numbers[: numbers[-1]]
+            depths.add(numbers[-1])
+    assert len(depths) > 2, "some rounds end early and some late"
+    for tokens, answer in zip(prompts, answers, strict=True):
+        request = Request(settings=SamplingSettings(), max_new_tokens=len(answer))
+        assert answer == plainly(target, None, tokens, request).tokens
+
+
+def wrong_ways(ids: torch.Tensor, choices: torch.Tensor, plan: TreePlan) -> tuple[torch.Tensor, ...]:
+    """A mutant that keeps the keys of the first nodes instead of those that stand."""
+    emitted, stood, ways = accept_tree(ids, choices, plan)
+    return emitted, stood, torch.arange(ways.shape[1]).expand_as(ways)
+
+
+def keeps_more(ids: torch.Tensor, choices: torch.Tensor, plan: TreePlan) -> tuple[torch.Tensor, ...]:
+    """A mutant that lets the likeliest token stand whatever the target says."""
+    emitted, stood, ways = accept_tree(ids, choices, plan)
+    forced = stood == 0
+    return (
+        torch.where(forced[:, None], torch.cat([ids[:, 1:2], choices[:, 1:2], emitted[:, 2:]], 1), emitted),
+        stood.clamp(min=1),
+        torch.where(forced[:, None], plan.ways[1], ways),
+    )
+
+
+@pytest.mark.parametrize("mutant", [wrong_ways, keeps_more])
+def test_mutants_leave_the_targets_tokens(
+    target: CausalModel, knowing: Any, mutant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    tokens = prompt(17, seed=17)
+    wanted = plainly(target, None, tokens, GREEDY).tokens
+    monkeypatch.setattr(rounds_module, "accept_tree", mutant)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256, tree=BUSHY))
+    assert decoder.decode(tokens, request=GREEDY, seed=0).tokens != wanted
+
+
+def test_a_mask_that_shows_siblings_leaves_the_targets_tokens(target: CausalModel, knowing: Any) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    tokens = prompt(17, seed=17)
+    rounds = Rounds(target, network, block=network.block, capacity=256, tree=BUSHY)
+    assert rounds.plan is not None
+    width = BUSHY.size + 1
+    rounds.plan.seen[:, 1:-1] = torch.ones(width, width, dtype=torch.bool).tril()
+    wanted = plainly(target, None, tokens, GREEDY).tokens
+    assert GraphedDecoder(rounds).decode(tokens, request=GREEDY, seed=0).tokens != wanted
+
+
+def test_sampled_and_recorded_rounds_go_by_the_chain(target: CausalModel) -> None:
+    network = network_for(CONFIGS["eagle3"], target)
+    rounds = Rounds(target, network, block=network.block, capacity=256, tree=BUSHY)
+    decoder, chain = GraphedDecoder(rounds), GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
+    request = Request(settings=SamplingSettings(temperature=0.7), max_new_tokens=16)
+    one, other = (each.decode(prompt(20), request=request, seed=3) for each in (decoder, chain))
+    assert one.tokens == other.tokens
+    assert {name[0] for name in rounds.programs.names} == {"prompt", "round"}
+    decoder.decode(prompt(20), request=GREEDY, seed=3)
+    assert "tree" in {name[0] for name in rounds.programs.names}
+
+
+def test_trees_that_a_draft_cannot_propose_are_refused(target: CausalModel) -> None:
+    network = network_for(CONFIGS["dspark"], target, REDUCED)
+    with pytest.raises(ValueError, match="goes on to"):
+        Rounds(target, network, block=0, capacity=256, tree=Tree.chain(network.block + 1))
+    with pytest.raises(ValueError, match="knows 7"):
+        Rounds(target, network, block=0, capacity=256, tree=Tree.of([(7,)]))
+    with pytest.raises(ValueError, match="without a draft"):
+        Rounds(target, None, block=0, capacity=256, tree=BUSHY)
+
+
+def test_eagle_goes_on_behind_its_block(target: CausalModel) -> None:
+    network = network_for(CONFIGS["eagle3"], target)
+    deep = Tree.chain(network.block + 3)
+    decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256, tree=deep))
+    tokens = prompt(17, seed=17)
+    assert decoder.decode(tokens, request=GREEDY, seed=0).tokens == plainly(target, None, tokens, GREEDY).tokens
+
+
+# The choice
+
+
+def test_the_most_frequent_paths_make_the_tree() -> None:
+    known = Continuations(most_rank=4)
+    known.add([[0, 1, 9], [1, 0, 0], [0, 1, -1], [-1, 0, 0], [0, 0, 0]])
+    # Of the last anchors less is known: the answer ends there.
+    assert known.best(3, depth=3) == Tree.of([(0,), (0, 1), (1,)])
+    assert known.best(2, depth=1) == Tree.of([(0,), (1,)])
+    assert known.best(99, depth=3).size < 9
+    assert Continuations().best(4, depth=3) == Tree.chain(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tau_of_a_choice_is_that_of_decoding(target: CausalModel, kind: str) -> None:
+    """With the same arithmetic on both sides: what a draft makes of an answer is what it made while decoding it."""
+    network = network_for(CONFIGS[kind], target)
+    drafter, known, passes, emitted = FeatureDrafter(network), Continuations(), 0, 0
+    request = Request(settings=SamplingSettings(), max_new_tokens=40)
+    lengths = (2, 5, 17, 40, 70)
+    for length in lengths:
+        tokens = prompt(length, seed=length)
+        answer = plainly(target, None, tokens, request).tokens
+        response = fixed_response(
+            target,
+            ScorePrompt(str(length), "code", tokens),
+            answer,
+            settings=SamplingSettings(),
+            max_new_tokens=40,
+            taps=tuple(network.taps),
+        )
+        known.add(drafter.continuation_ranks(response, depth=3).tolist())
+    tree = Tree.of([(rank,) for rank in range(16)] + [(rank, other) for rank in range(4) for other in range(9)])
+    for shape in (tree, known.best(12, depth=3)):
+        decoder = GraphedDecoder(Rounds(target, network, block=0, capacity=256, tree=shape))
+        passes = emitted = 0
+        for length in lengths:
+            given = decoder.decode(prompt(length, seed=length), request=request, seed=0)
+            passes, emitted = passes + given.passes, emitted + len(given.tokens)
+        assert known.tau(shape) == pytest.approx(emitted / passes)
+        assert emitted > passes
