@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # exact is what is asked for here
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu_rounds_are_captured_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.backends.cuda.matmul.allow_tf32 = False
     folder, ordinary = written(made(tmp_path / "models"), tmp_path, kind), watched(monkeypatch)
     pair = load_pair(folder, device="cuda")
     for prompt, tokens in (("hi", 20), (QUESTION, 40), (QUESTION, 200), ("hi", 20)):
