@@ -208,8 +208,8 @@ class LeanLayer:
             return
         self._is_joined = True
         attention, mlp = self._attention, self._mlp
-        self._projected = _as_one(attention.q_proj, attention.k_proj, attention.v_proj) or self._projected
-        self._gated = _as_one(mlp.gate_proj, mlp.up_proj) or self._gated
+        self._projected = as_one(attention.q_proj, attention.k_proj, attention.v_proj) or self._projected
+        self._gated = as_one(mlp.gate_proj, mlp.up_proj) or self._gated
 
 
 class _Norm:
@@ -282,7 +282,7 @@ def _joint(*linears: nn.Module) -> Product:
     return lambda states: torch.cat([product(states) for product in products], dim=-1)
 
 
-def _as_one(*linears: nn.Module) -> Product | None:
+def as_one(*linears: nn.Module) -> Product | None:
     """One product of linear layers whose weights are made parts of one tensor; None where they are none such."""
     plain = [linear for linear in linears if type(linear) is nn.Linear]
     if len(plain) < len(linears) or len({linear.bias is None for linear in plain}) > 1:

@@ -160,22 +160,24 @@ class Level:
     Attributes:
         depth: of these tokens; 0 is the anchor.
         count: how many of them have children.
-        among: int64 `[count]`, where they are among all nodes of their depth.
-        before: int64 `[count]`, where their parents are among those of the level before.
+        among: int64 `[count]`, where they are among all nodes of their depth; None where they are all.
+        before: int64 `[count]`, where their parents are among those of the level before; None where they are as many
+            in the same order.
         first: of these tokens among all that are read while drafting; the anchor's step reads nothing new.
-        seen: bool `[count, E + 2]`, by column: the context, each of the E tokens read, and what is beyond.
+        row: of these tokens among those of all levels, the anchor first.
         children: most children of one.
-        taken: int64 `[nodes of the next depth]`, `children` times the place of the parent plus the rank.
+        taken: int64 `[nodes of the next depth]`, `children` times the place of the parent plus the rank; None where
+            these are all there are.
     """
 
     depth: int
     count: int
-    among: Tensor
-    before: Tensor
+    among: Tensor | None
+    before: Tensor | None
     first: int
-    seen: Tensor
+    row: int
     children: int
-    taken: Tensor
+    taken: Tensor | None
 
 
 class TreePlan:
@@ -193,6 +195,8 @@ class TreePlan:
         above: bool `[W, W]`, which tokens lie on the way to one, itself included.
         seen: bool `[W, W + 2]`, what a token sees in the pass that verifies: the context, the tokens of the pass, what
             is beyond.
+        drafting: bool `[1 + E, E + 2]`, what a token that has children sees while the tree is drafted: the context,
+            each of the E tokens read, what is beyond. The anchor, which reads nothing new, comes first.
         ways: int64 `[W, D + 1]`, the tokens on the way to one, the last repeated.
     """
 
@@ -209,41 +213,56 @@ class TreePlan:
         self.depths, self.parents = torch.tensor(depths, device=device), torch.tensor(parents, device=device)
         self.above, self.seen = above.to(device), _with_ends(above).to(device)
         self.ways = torch.tensor([[*way, *[way[-1]] * (tree.depth + 1 - len(way))] for way in ways], device=device)
-        self.levels = _levels(tree, parents, depths, above, device)
+        self.levels = _levels(tree, parents, depths, device)
+        inner = sorted(set(parents), key=lambda node: (depths[node], node))
+        self.drafting = _with_ends(above[inner][:, inner[1:]]).to(device)
 
     @property
     def entries(self) -> int:
         """E, tokens read while drafting."""
-        return sum(level.count for level in self.levels[1:])
+        return self.drafting.shape[0] - 1
 
 
-def _levels(tree: Tree, parents: list[int], depths: list[int], above: Tensor, device: torch.device) -> list[Level]:
+def _levels(tree: Tree, parents: list[int], depths: list[int], device: torch.device) -> list[Level]:
     by_depth = [[node for node, own in enumerate(depths) if own == depth] for depth in range(tree.depth + 1)]
     inner = [[node for node in nodes if node in set(parents[1:])] for nodes in by_depth[:-1]]
-    read = [node for nodes in inner[1:] for node in nodes]
-    levels, first = [], 0
+    levels, row = [], 0
     for depth, nodes in enumerate(inner):
         following = by_depth[depth + 1]
         ranks = [tree.paths[node - 1][-1] for node in following]
         children = 1 + max(ranks)
         taken = [nodes.index(parents[node]) * children + rank for node, rank in zip(following, ranks, strict=True)]
+        before = [inner[depth - 1].index(parents[node]) for node in nodes] if depth else [0]
         levels.append(
             Level(
                 depth=depth,
                 count=len(nodes),
-                among=torch.tensor([by_depth[depth].index(node) for node in nodes], device=device),
-                before=torch.tensor([inner[depth - 1].index(parents[n]) if depth else 0 for n in nodes], device=device),
-                first=first,
-                seen=_with_ends(above[nodes][:, read]).to(device),
+                among=_places([by_depth[depth].index(node) for node in nodes], len(by_depth[depth]), device),
+                before=_places(before, len(inner[depth - 1]) if depth else 1, device),
+                first=row - 1,
+                row=row,
                 children=children,
-                taken=torch.tensor(taken, device=device),
+                taken=_places(taken, len(nodes) * children, device),
             )
         )
-        first += len(nodes) if depth else 0
+        row += len(nodes)
     return levels
+
+
+def _places(places: list[int], count: int, device: torch.device) -> Tensor | None:
+    """Places among so many; None where it is all of them in order."""
+    return None if places == list(range(count)) else torch.tensor(places, device=device)
 
 
 def _with_ends(above: Tensor) -> Tensor:
     """A column for the context, which all see, in front, and one for what is beyond, which none sees, behind."""
     rows = above.shape[0]
     return torch.cat([torch.ones(rows, 1, dtype=torch.bool), above, torch.zeros(rows, 1, dtype=torch.bool)], dim=1)
+
+
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the products of queries and keys: nothing where a key is seen, else minus infinity.
+
+    As a mask of truth values it would be made into this again in every layer.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

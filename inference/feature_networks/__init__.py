@@ -184,6 +184,9 @@ class FeatureNetwork(nn.Module):
 
     # Decoding
 
+    def join_weights(self) -> None:
+        """Let products that read the same be one, where that saves kernels; see `inference.lean.as_one`."""
+
     @property
     def cached_layers(self) -> int:
         """Layers whose keys and values a context keeps."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig
 
 from inference.cache import RollbackLayer
+from inference.lean import Product, as_one
 from inference.trees import Level
 
 # cuDNN's attention builds a plan for every new shape, and packed batches have a new shape every step: on an H200 that
@@ -148,6 +149,32 @@ class DraftAttention(nn.Module):
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
         self.q_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
         self.k_norm = Norm(shape.head_dim, eps=shape.eps) if qk_norm else nn.Identity()
+        self._joint: Product | None = None
+
+    def join_weights(self) -> None:
+        """Let the three products of `projected` be one; see `inference.lean.as_one`."""
+        self._joint = as_one(self.q_proj, self.k_proj, self.v_proj)
+
+    def projected(self, states: Tensor, tables: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same states, for passes of few tokens, where kernels count.
+
+        Args:
+            states: `[batch, T, inputs]`.
+            tables: of their positions, as `inference.lean.rolled_tables` lays them out.
+
+        Returns:
+            Queries `[batch, T, heads, head_dim]`, keys and values `[batch, T, kv_heads, head_dim]`.
+        """
+        heads, both = self.shape.heads, self.shape.heads + self.shape.kv_heads
+        cosine, sine = tables
+        apart = self.q_proj, self.k_proj, self.v_proj
+        joint = torch.cat([each(states) for each in apart], dim=-1) if self._joint is None else self._joint(states)
+        rows = joint.unflatten(-1, (-1, self.shape.head_dim))
+        turned = rows[:, :, :both]
+        if not isinstance(self.q_norm, nn.Identity):
+            turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], dim=2)
+        turned = torch.addcmul(turned * cosine, turned.roll(self.shape.head_dim // 2, -1), sine)
+        return turned[:, :, :heads], turned[:, :, heads:], rows[:, :, both:]
 
     def rope(self, positions: Tensor, like: Tensor) -> Rope:
         """Of positions `[batch, T]`, in the arithmetic of states; the same for all layers of a draft."""
@@ -176,9 +203,18 @@ class DraftMLP(nn.Module):
         self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
         self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
         self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+        self._gated: Product | None = None
+
+    def join_weights(self) -> None:
+        """Let the two products that read the same be one; see `inference.lean.as_one`."""
+        self._gated = as_one(self.gate_proj, self.up_proj)
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
+        if self._gated is not None:
+            gate, up = self._gated(states).chunk(2, dim=-1)
+            joined: Tensor = self.down_proj(functional.silu(gate) * up)
+            return joined
         result: Tensor = self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
         return result
 
@@ -290,16 +326,17 @@ class DraftContext(Protocol):
 class TreeContext(DraftContext, Protocol):
     """A context behind which trees can be drafted."""
 
-    def branch(self, level: Level, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Let the tokens of a level see themselves and those on their way, in the first layer.
+    def branch(self, level: Level, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Let the tokens of a level attend to the context, themselves and those on their way, in the first layer.
 
         Args:
-            level: whose keys and values `[R, kv_heads, count, head_dim]` these are.
-            keys: likewise.
+            level: whose these are.
+            queries: `[R, count, heads, head_dim]`.
+            keys: `[R, count, kv_heads, head_dim]`; the anchor's lie in the context already.
             values: likewise.
 
         Returns:
-            As `keys_values` and `mask`, `[R, 1, count, L]`, with what the tree has added so far.
+            `[R, count, heads * head_dim]`.
         """
         ...
 

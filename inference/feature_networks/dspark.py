@@ -134,6 +134,7 @@ class DSpark(BlockNetwork):
         """See `FeatureNetwork.branch`."""
         state = block.states[:, level.depth, None].expand(-1, level.count, -1)
         before = self.markov_head.markov_w1(previous)
-        bias, block.carried = self.markov_head(state, before, block.carried.index_select(1, level.before))
+        carried = block.carried if level.before is None else block.carried.index_select(1, level.before)
+        bias, block.carried = self.markov_head(state, before, carried)
         logits: Tensor = block.logits[:, level.depth, None] + self.markov_head.markov_w2(bias)
         return logits

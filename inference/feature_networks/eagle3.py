@@ -11,7 +11,6 @@ Tensor names follow EAGLE-3 checkpoints: `fc`, `layers.0.{hidden_norm, input_lay
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from inference.feature_networks._layers import (
     same_parts,
 )
 from inference.layers import decoder_layers
+from inference.lean import rolled_tables
 from inference.model import CausalModel
 from inference.trees import Level
 
@@ -65,12 +65,21 @@ _DEEPEST = 16
 class _Chain:
     """The blocks of R requests while they are being sampled."""
 
-    hidden: Tensor  # shape: [R, 1, D], the output of the step before; of a tree, [R, count, D] of the level before
+    hidden: Tensor  # shape: [R, 1, D], the output of the step before
     ropes: Rope  # shape: [R, 1, G, head_dim], of all steps
     keys: Tensor  # shape: [R, kv_heads, K, head_dim], context and own steps
     values: Tensor
     mask: Tensor | None  # shape: [R, 1, 1, K]
-    context: Any  # a `DraftContext`; of a tree, a `TreeContext`
+    context: DraftContext
+
+
+@dataclass
+class _Tree:
+    """The trees of R requests while they are being drafted."""
+
+    hidden: Tensor  # shape: [R, count, D], the outputs of the level before
+    tables: Rope  # shape: [R, D, 1, head_dim], of all levels, see `rolled_tables`
+    context: TreeContext
 
 
 class Eagle3(FeatureNetwork):
@@ -162,7 +171,10 @@ class Eagle3(FeatureNetwork):
 
     def begin_block(self, anchors: Tensor, cache: DraftContext) -> _Chain:
         """The chain before its first step; that step's own entry is the last of the context."""
-        return self._begin(anchors, cache, self.block)
+        [(keys, values)] = cache.keys_values()
+        steps = torch.arange(-1, self.block - 1, device=anchors.device)
+        ropes = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
+        return _Chain(cache.last, ropes, keys, values, cache.mask(), cache)
 
     def step(self, block: _Chain, slot: int, previous: Tensor, *, confidence: bool) -> Step:
         """See `FeatureNetwork.step`."""
@@ -181,26 +193,23 @@ class Eagle3(FeatureNetwork):
         """See `FeatureNetwork.deepest`: steps may go on behind those of a block."""
         return max(self.block, _DEEPEST)
 
-    def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> _Chain:
-        """See `FeatureNetwork.begin_tree`."""
-        return self._begin(anchors, cache, depth)
+    def join_weights(self) -> None:
+        """See `FeatureNetwork.join_weights`."""
+        self.layer.self_attn.join_weights()
+        self.layer.mlp.join_weights()
 
-    def branch(self, block: _Chain, level: Level, previous: Tensor) -> Tensor:
+    def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> _Tree:
+        """See `FeatureNetwork.begin_tree`."""
+        steps = torch.arange(-1, depth - 1, device=anchors.device)
+        cosine, sine = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
+        return _Tree(cache.last, rolled_tables(cosine[:, 0], sine[:, 0]), cache)
+
+    def branch(self, block: _Tree, level: Level, previous: Tensor) -> Tensor:
         """See `FeatureNetwork.branch`."""
-        layer, attention, depth = self.layer, self.layer.self_attn, level.depth
-        hidden = block.hidden.index_select(1, level.before) if depth else block.hidden
+        layer, depth = self.layer, level.depth
+        hidden = block.hidden if level.before is None else block.hidden.index_select(1, level.before)
         entry = layer.entries(self.embed(previous, hidden), hidden)
-        rope = block.ropes[0][:, :, depth : depth + 1], block.ropes[1][:, :, depth : depth + 1]
-        if depth:
-            own = attention.keys_values(entry, rope)
-            block.keys, block.values, block.mask = block.context.branch(level, *own)
-        mixed = attend(attention.queries(entry, rope), block.keys, block.values, block.mask)
+        tables = block.tables[0][:, depth : depth + 1], block.tables[1][:, depth : depth + 1]
+        mixed = block.context.branch(level, *layer.self_attn.projected(entry, tables))
         block.hidden = layer.finish(hidden, mixed)
         return self.base_logits(self.norm(block.hidden))
-
-    def _begin(self, anchors: Tensor, cache: DraftContext, length: int) -> _Chain:
-        """Before the first of so many steps."""
-        [(keys, values)] = cache.keys_values()
-        steps = torch.arange(-1, length - 1, device=anchors.device)
-        ropes = self.layer.self_attn.rope(cache.lengths(anchors.device)[:, None] + steps, cache.last)
-        return _Chain(cache.last, ropes, keys, values, cache.mask(), cache)

@@ -5,9 +5,10 @@ Letters in shapes: B requests, C positions each may hold, S of them that a draft
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from inference.feature_networks._layers import DraftShape, KeysValues
-from inference.trees import Level
+from inference.trees import Level, TreePlan, added
 
 
 class StaticContext:
@@ -20,6 +21,7 @@ class StaticContext:
         capacity: C.
         dtype: of the draft's states.
         device: where they lie.
+        tree: that is drafted behind them, if any is.
 
     Attributes:
         held: int64 `[B]`, positions of each request.
@@ -35,6 +37,7 @@ class StaticContext:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        tree: TreePlan | None = None,
     ) -> None:
         size = (batch, capacity, shape.kv_heads, shape.head_dim)
         self._layers = [
@@ -48,7 +51,11 @@ class StaticContext:
         self._every = torch.arange(batch, device=device)
         self._rows, self._kept, self._width, self._added = self._every, self.held, 0, 0
         self._drafted = batch
-        self._columns_of = self._columns[None]  # of a tree's masks, `[B, S]`
+        # What is added to products of the tokens of a tree, `[groups * (1 + E), E + 2]`; see `TreePlan.drafting`.
+        self._tree = (
+            None if tree is None else added(tree.drafting, dtype).repeat_interleave(shape.heads // shape.kv_heads, 0)
+        )
+        self._tree_mask = self._tree_places = self._columns
 
     def reading(self, rows: Tensor, kept: Tensor, *, width: int) -> None:
         """A network is about to read `width` tokens of each of these requests, of which the first `kept` count.
@@ -135,20 +142,32 @@ class StaticContext:
 
     # `TreeContext`
 
-    def branching(self, entries: int) -> None:
-        """After `drafting`: a tree is about to be drafted, of which so many tokens are read."""
-        behind = self._columns[: self.shown] - self.held[: self._drafted, None]
-        self._columns_of = behind.clamp(-1, entries) + 1
+    def branching(self) -> None:
+        """After `drafting`: the tree is about to be drafted."""
+        assert self._tree is not None, "a context of trees knows which"
+        entries = self._tree.shape[1] - 2
+        rows = self._drafted
+        # Of a request that holds nothing all see its first place: a softmax over nothing is not a number.
+        behind = self._columns[: self.shown] - self.held[:rows, None].clamp(min=1)
+        self._tree_mask = self._tree[:, behind.clamp(-1, entries) + 1].transpose(0, 1)[:, None]
+        starts = (self._every * self._capacity + self.held)[:rows, None]
+        self._tree_places = starts + self._columns[:entries]
 
-    def branch(self, level: Level, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def branch(self, level: Level, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `TreeContext.branch`."""
-        rows, heads, count, width = keys.shape
-        starts = (self._every * self._capacity + self.held)[:rows, None] + level.first
-        flat = (starts + self._columns[:count]).flatten()
-        both = [states.transpose(0, 1).reshape(1, heads, rows * count, width) for states in (keys, values)]
-        self._write([(both[0], both[1])], flat)
-        mask = level.seen[:, self._columns_of].transpose(0, 1)[:, None]
-        return (*self.keys_values()[0], mask)
+        rows, count, heads, width = queries.shape
+        kv_heads = keys.shape[2]
+        groups = heads // kv_heads
+        if level.depth:
+            places = self._tree_places[:, level.first : level.first + count].flatten()
+            for buffer, new in zip(self._layers[0], (keys, values), strict=True):
+                buffer.view(-1, kv_heads, width).index_copy_(0, places, new.flatten(0, 1))
+        held_keys, held_values = (buffer[:rows, : self.shown].transpose(1, 2) for buffer in self._layers[0])
+        stacked = queries.unflatten(2, (kv_heads, groups)).transpose(1, 2).flatten(2, 3)
+        mask = self._tree_mask[:, :, groups * level.row : groups * (level.row + count)]
+        mixed = functional.scaled_dot_product_attention(stacked, held_keys, held_values, attn_mask=mask)
+        apart: Tensor = mixed.unflatten(2, (count, groups)).transpose(1, 2).flatten(2)
+        return apart
 
     def nbytes(self) -> int:
         """Bytes held."""

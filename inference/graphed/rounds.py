@@ -112,8 +112,11 @@ class Rounds:
                 capacity=capacity,
                 dtype=next(network.parameters()).dtype,
                 device=device,
+                tree=self.plan,
             )
         )
+        if network is not None and device.type == "cuda":
+            network.join_weights()
         self.anchors = torch.zeros(batch, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.active = torch.ones(batch, dtype=torch.long, device=device)
@@ -366,15 +369,15 @@ class Rounds:
         assert network is not None and context is not None, "a tree is drafted"
         context.shown = shown
         context.drafting(places)
-        context.branching(plan.entries)
+        context.branching()
         block, tokens = network.begin_tree(anchors, context, plan.tree.depth), anchors[:, None]
         levels = []
         for level in plan.levels:
-            inner = tokens if level.count == tokens.shape[1] else tokens.index_select(1, level.among)
+            inner = tokens if level.among is None else tokens.index_select(1, level.among)
             rows = network.branch(block, level, inner)
             best = rows.topk(level.children, dim=-1).indices if level.children > 1 else rows.argmax(-1, keepdim=True)
             index = best.flatten(1)
-            if level.taken.shape[0] < index.shape[1]:
+            if level.taken is not None:
                 index = index.index_select(1, level.taken)
             tokens = index if network.vocabulary is None else network.vocabulary[index]
             levels.append(tokens)

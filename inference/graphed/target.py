@@ -15,7 +15,7 @@ from inference.errors import InputError
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
-from inference.trees import TreePlan
+from inference.trees import TreePlan, added
 
 # Positions read are cut to multiples of this, which masked attention kernels want.
 ALIGNMENT = 64
@@ -117,7 +117,7 @@ class StaticTarget:
             seen = tree.seen[:, behind].transpose(0, 1)
         tables = self._cosine[positions], self._sine[positions]
         # The queries of a group are further rows of one product: `[R, 1, groups * W, S]`.
-        mask = seen.repeat(1, self._groups, 1)[:, None]
+        mask = added(seen, self.dtype).repeat(1, self._groups, 1)[:, None]
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
         for index, layer in enumerate(self._layers):
