@@ -1,5 +1,7 @@
-"""Answers requests by replaying captured rounds: the host looks once a round, at what was emitted."""
+"""Answers requests by replaying captured rounds: the host looks once a round, at what was emitted, and by then has sent
+the next one on its way."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,6 +21,9 @@ Timed = dict[tuple[int | Tree, bool], RoundSeconds]
 
 # As in the device profile.
 _TIMED_CONTEXT_TOKENS = 128
+# Rounds on their way behind the one that is looked at: to launch one takes the host a good part of what it takes the
+# device. One behind the last of a request is for nothing.
+_AHEAD = 1
 
 
 def follows(settings: SamplingSettings) -> bool:
@@ -36,18 +41,18 @@ class GraphedDecoder:
     Args:
         rounds: of one request.
         timed: rounds of this target and draft that were timed; shared with the decoder's other proposals.
+        ahead: rounds on their way behind the one that is looked at; None for what suits the device.
     """
 
-    def __init__(self, rounds: Rounds, *, timed: Timed | None = None) -> None:
+    def __init__(self, rounds: Rounds, *, timed: Timed | None = None, ahead: int | None = None) -> None:
         if rounds.batch != 1:
             raise ValueError(f"rounds of {rounds.batch} requests decode no single one")
         self.rounds = rounds
         self._timed = {} if timed is None else timed
         self._other: GraphedDecoder | None = None
-        device = rounds.anchors.device
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=pinned)
-        self._noted = torch.zeros(rounds.signals.shape[1:], dtype=rounds.signals.dtype, pin_memory=pinned)
+        on_gpu = rounds.anchors.device.type == "cuda"
+        ahead = (_AHEAD if on_gpu else 0) if ahead is None else ahead
+        self._looks = [_Look(rounds, on_gpu=on_gpu) for _ in range(1 + ahead)]
 
     @property
     def tree(self) -> Tree | None:
@@ -147,19 +152,24 @@ class GraphedDecoder:
         if not settings.greedy:
             rounds.temperatures.fill_(settings.temperature)
         tree = self.tree if settings.greedy and recording is None else None
+        most = 1 + (rounds.block if tree is None else tree.depth)
         length, finished = prompt.shape[0] - 1, False
+        waiting: deque[_Look] = deque()
         start = clock.now()
         while not finished:
-            if not settings.greedy:
-                uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
-                rounds.uniforms.copy_(uniforms, non_blocking=True)
-            rounds.round(shown=rounds.shown(length), sampled=not settings.greedy, recorded=recording is not None)
-            self._host.copy_(rounds.emitted[0], non_blocking=True)
-            if recording is not None:
-                self._noted.copy_(rounds.signals[0], non_blocking=True)
-            if prompt.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
-            numbers = self._host.tolist()
+            while len(waiting) < len(self._looks):
+                reached = length + most * len(waiting)
+                if waiting and (recording is not None or not self._goes_on(result, budget, len(waiting), reached)):
+                    break
+                if not settings.greedy:
+                    uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
+                    rounds.uniforms.copy_(uniforms, non_blocking=True)
+                rounds.round(shown=rounds.shown(reached), sampled=not settings.greedy, recorded=recording is not None)
+                look = next(look for look in self._looks if look not in waiting)
+                look.send(rounds, recorded=recording is not None)
+                waiting.append(look)
+            look = waiting.popleft()
+            numbers = look.emitted()
             count = numbers[-1]
             length += count
             if tree is None:
@@ -167,7 +177,8 @@ class GraphedDecoder:
             else:
                 result.count_tree(tree.size, tree.depth, count - 1)
             if recording is not None:
-                self._record(recording, num_accepted=count - 1, room=budget - len(result.tokens) - 1)
+                room = budget - len(result.tokens) - 1
+                _record(recording, look.signals(), num_accepted=count - 1, room=room)
             emitted, finished = up_to_stop(numbers[: min(count, budget - len(result.tokens))], request.stop_tokens)
             result.tokens += emitted
             finished = finished or len(result.tokens) >= budget
@@ -177,13 +188,12 @@ class GraphedDecoder:
         result.cache_nbytes = rounds.target.nbytes()
         return result
 
-    def _record(self, recording: RecordingLookahead, *, num_accepted: int, room: int) -> None:
-        """Tell of the last round, cut to the tokens that the request has room for besides the target's own: the
-        ordinary decoder proposes no more."""
-        signals = tuple(Signals(**dict(zip(SIGNALS, row, strict=True))) for row in self._noted.tolist())
-        num_proposed = min(len(signals), room)
-        recording.keeps(Visible(len(signals), signals))
-        recording.observe(num_proposed, min(num_accepted, num_proposed))
+    def _goes_on(self, result: Decoded, budget: int, waiting: int, reached: int) -> bool:
+        """Whether a round behind those that are on their way has room, and is probably wanted: a stop token is not
+        foreseen, the end of the budget is."""
+        rounds, mean = self.rounds, len(result.tokens) / max(1, result.passes)
+        has_room = reached + rounds.width < rounds.capacity
+        return has_room and len(result.tokens) + waiting * max(1.0, mean) < budget
 
     def _split(self, result: Decoded, seconds: float, *, sampled: bool) -> None:
         """Book the seconds of all rounds of a request under their parts."""
@@ -191,3 +201,39 @@ class GraphedDecoder:
         draft = min(seconds, result.passes * known.draft)
         verify = min(seconds - draft, result.passes * known.verify)
         result.seconds |= {"draft": draft, "verify": verify, "other": seconds - draft - verify}
+
+
+class _Look:
+    """What the host is shown of one round."""
+
+    def __init__(self, rounds: Rounds, *, on_gpu: bool) -> None:
+        self._emitted = torch.zeros(rounds.emitted.shape[1], dtype=torch.long, pin_memory=on_gpu)
+        self._noted = torch.zeros(rounds.signals.shape[1:], dtype=rounds.signals.dtype, pin_memory=on_gpu)
+        self._done = torch.cuda.Event() if on_gpu else None
+
+    def send(self, rounds: Rounds, *, recorded: bool) -> None:
+        """Show what the last round left."""
+        self._emitted.copy_(rounds.emitted[0], non_blocking=True)
+        if recorded:
+            self._noted.copy_(rounds.signals[0], non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def emitted(self) -> list[int]:
+        """As `Rounds.emitted`; waits until it is there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._emitted.tolist()
+
+    def signals(self) -> list[list[float]]:
+        """As `Rounds.signals`; after `emitted`."""
+        return self._noted.tolist()
+
+
+def _record(recording: RecordingLookahead, noted: list[list[float]], *, num_accepted: int, room: int) -> None:
+    """Tell of a round, cut to the tokens that the request has room for besides the target's own: the ordinary decoder
+    proposes no more."""
+    signals = tuple(Signals(**dict(zip(SIGNALS, row, strict=True))) for row in noted)
+    num_proposed = min(len(signals), room)
+    recording.keeps(Visible(len(signals), signals))
+    recording.observe(num_proposed, min(num_accepted, num_proposed))

@@ -269,6 +269,35 @@ def test_eagle_goes_on_behind_its_block(target: CausalModel) -> None:
     assert decoder.decode(tokens, request=GREEDY, seed=0).tokens == plainly(target, None, tokens, GREEDY).tokens
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("tree", [None, BUSHY])
+def test_rounds_sent_ahead_change_nothing(
+    target: CausalModel, knowing: Any, tree: Tree | None, temperature: float
+) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    settings = SamplingSettings(temperature=temperature)
+
+    def decoders(capacity: int) -> list[GraphedDecoder]:
+        made = [Rounds(target, network, block=network.block, capacity=capacity, tree=tree) for _ in range(3)]
+        return [GraphedDecoder(rounds, ahead=ahead) for ahead, rounds in enumerate(made)]
+
+    plain, *others = decoders(256)
+    whole = plain.decode(prompt(17), request=Request(settings=settings, max_new_tokens=40), seed=3)
+    stops = frozenset({whole.tokens[20]})
+    for length, budget, stop in ((17, 40, frozenset()), (17, 40, stops), (17, 1, frozenset()), (70, 9, frozenset())):
+        request = Request(settings=settings, max_new_tokens=budget, stop_tokens=stop)
+        wanted = plain.decode(prompt(length), request=request, seed=3)
+        for other in others:
+            given = other.decode(prompt(length), request=request, seed=3)
+            assert (given.tokens, given.passes, given.accepted) == (wanted.tokens, wanted.passes, wanted.accepted)
+    # Up to the very end of the buffers.
+    filled = [
+        d.decode(prompt(60), request=Request(settings=settings, max_new_tokens=99), seed=3) for d in decoders(128)
+    ]
+    assert filled[0].tokens == filled[1].tokens == filled[2].tokens
+    assert len(filled[0].tokens) == 128 - 60 - (BUSHY.size if tree else network.block)
+
+
 # The choice
 
 
