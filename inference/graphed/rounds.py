@@ -17,6 +17,7 @@ from inference.drafters._token import signal_values
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.acceptance import accept_greedy, accept_sampled, accept_tree
 from inference.graphed.contexts import StaticContext
+from inference.graphed.likeliest import likeliest
 from inference.graphed.programs import Programs
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.model import CausalModel
@@ -375,8 +376,7 @@ class Rounds:
         for level in plan.levels:
             inner = tokens if level.among is None else tokens.index_select(1, level.among)
             rows = network.branch(block, level, inner)
-            best = rows.topk(level.children, dim=-1).indices if level.children > 1 else rows.argmax(-1, keepdim=True)
-            index = best.flatten(1)
+            index = likeliest(rows, level.children).flatten(1)
             if level.taken is not None:
                 index = index.index_select(1, level.taken)
             tokens = index if network.vocabulary is None else network.vocabulary[index]

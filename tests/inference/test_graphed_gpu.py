@@ -11,6 +11,7 @@ from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
 from inference.graphed.arms import captured_decoder, longest_block
 from inference.graphed.decode import GraphedDecoder
+from inference.graphed.likeliest import likeliest
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
 from inference.lookahead import RecordingLookahead
@@ -73,6 +74,23 @@ def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: st
         assert given.tokens == plainly(exact, None, tokens.cuda(), GREEDY).tokens
         # Nor does the device propose other tokens than a CPU.
         assert given.passes == same.decode(tokens, request=GREEDY, seed=0).passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [7, 1000, 8192, 12288, 49152])
+def test_the_likeliest_are_those_torch_selects(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for count in (1, 2, 7, 16):
+        if count > width:
+            continue
+        rows = torch.randn(2, 5, width, device="cuda", generator=generator).to(dtype)
+        rows[0, 0] = -torch.inf  # all alike
+        rows[0, 1, :3] = torch.inf
+        given = likeliest(rows, count)
+        assert given.shape == (2, 5, count) and given.dtype == torch.long
+        # Of equals any will do, but each once.
+        assert torch.equal(rows.gather(-1, given), rows.topk(count, dim=-1).values)
+        assert all(len(set(row)) == count and max(row) < width for row in given.flatten(0, 1).tolist())
 
 
 def family_lean() -> CausalModel:

@@ -75,7 +75,8 @@ class Config:
         network = load_network(bench.options.draft or bench.draft_folder, target, precision=target.precision)
         lengths = sorted({min(length or network.block, network.block) for length in self.blocks})
         prompts, questions = bench.prompts(), self._questions(bench)
-        longest = max(prompt.tokens.shape[0] for prompt in [*prompts, *questions]) + bench.options.max_new_tokens
+        longest_prompt = max(prompt.tokens.shape[0] for prompt in [*prompts, *questions])
+        longest = longest_prompt + bench.options.max_new_tokens
         capacity = self.capacity or capacity_for(target, longest, block=max([network.block, *self.trees]))
 
         def arm_of(name: str, block: int, tree: Tree | None = None) -> Arm:
@@ -93,7 +94,7 @@ class Config:
         for temperature in self.temperatures:
             for arm in _at(arms, temperature):
                 assert arm.captured is not None, "all arms are captured"
-                arm.captured.rounds.prepare(sampled=temperature > 0.0)
+                arm.captured.prepare(longest_prompt=longest_prompt, sampled=[temperature > 0.0])
         for prompt in prompts[:2]:
             self._scored(bench, arms, prompt)
         records = [
