@@ -42,7 +42,7 @@ def likeliest(rows: Tensor, count: int) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _taken_out(rows, found, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
