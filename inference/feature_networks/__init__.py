@@ -111,6 +111,7 @@ class FeatureNetwork(nn.Module):
     Attributes:
         config: its settings.
         shape: of the target.
+        layer_shape: of the draft's own layers.
         taps: target layers it reads.
         block: tokens it proposes a round.
         vocabulary: sorted target ids it can propose, int64 `[Vd]`, or None for all.
@@ -124,6 +125,7 @@ class FeatureNetwork(nn.Module):
     def __init__(self, config: FeatureDraftConfig, shape: DraftShape, taps: list[int], vocabulary: Tensor | None):
         super().__init__()
         self.config, self.shape, self.taps, self.block = config, shape, list(taps), config.block
+        self.layer_shape = shape
         self.register_buffer("vocabulary", vocabulary, persistent=False)
         if vocabulary is not None:
             self.lm_head = nn.Linear(shape.hidden, vocabulary.shape[0], bias=False).requires_grad_(False)

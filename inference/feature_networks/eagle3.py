@@ -10,7 +10,7 @@ Tensor names follow EAGLE-3 checkpoints: `fc`, `layers.0.{hidden_norm, input_lay
 `norm`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class Eagle3(FeatureNetwork):
     def __init__(self, config: Config, shape: DraftShape, taps: list[int], vocabulary: Tensor | None) -> None:
         super().__init__(config, shape, taps, vocabulary)
         self.fc = nn.Linear(len(taps) * shape.hidden, shape.hidden, bias=False)
-        self.layers = nn.ModuleList([EagleLayer(shape, qk_norm=config.qk_norm)])
+        self.layer_shape = replace(shape, intermediate=config.intermediate or shape.intermediate)
+        self.layers = nn.ModuleList([EagleLayer(self.layer_shape, qk_norm=config.qk_norm)])
         self.norm = Norm(shape.hidden, eps=shape.eps)
         self.head = SlotHead(self)
 
@@ -138,7 +139,8 @@ class Eagle3(FeatureNetwork):
         return self.borrowed.embed(tokens).to(like.dtype)
 
     def init_from(self, target: CausalModel) -> bool:
-        """Copy the target's last layer into the hidden half; the embedding half is zero, `fc` is the last tap."""
+        """Copy the target's last layer into the hidden half; the embedding half is zero, `fc` is the last tap. A wider
+        feed-forward part adds nothing at first, a narrower one is random."""
         layer = target.whole(decoder_layers(target.model)[-1])
         norm = dict(target.model.base_model.named_modules()).get("norm")
         size = self.shape.hidden
@@ -147,9 +149,15 @@ class Eagle3(FeatureNetwork):
         source, mine = dict(layer.named_parameters()), dict(self.layer.named_parameters())
         halves = {f"self_attn.{name}_proj.weight" for name in "qkv"}
         whole = [name for name in mine if name in source and name not in halves]
+        inner = self.shape.intermediate
         with torch.no_grad():
+            if self.layer_shape.intermediate < inner:
+                whole = [name for name in whole if not name.startswith("mlp.")]
+            elif self.layer_shape.intermediate > inner:
+                mine["mlp.down_proj.weight"][:, inner:] = 0.0
             for name in whole:
-                mine[name].copy_(source[name])
+                rows, *columns = source[name].shape
+                mine[name][(slice(rows), *map(slice, columns))] = source[name]
             for name in halves:
                 mine[name].zero_()
                 mine[name][:, size:].copy_(source[name])

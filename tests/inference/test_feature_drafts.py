@@ -31,6 +31,8 @@ CONFIGS: dict[str, FeatureDraftConfig] = {
     "dspark-rnn": DSpark(**SMALL, markov_rank=4, markov_head="rnn"),
     "eagle3": Eagle3(**SMALL),
     "eagle3-random": Eagle3(**SMALL, init="random", qk_norm=True),
+    "eagle3-wide": Eagle3(**SMALL, intermediate=200),
+    "eagle3-narrow": Eagle3(**SMALL, intermediate=8),
 }
 REDUCED = torch.tensor([1, 3, 4, 8, 20, 21, 40])
 
@@ -342,3 +344,17 @@ def test_taps_the_target_does_not_have_are_refused(llama: CausalModel) -> None:
     for taps in ([2], [0, 0], [-2]):
         with pytest.raises(InputError, match="cannot tap"):
             make_network(DSpark(**{**SMALL, "taps": taps}), llama, None, seed=0)
+
+
+def test_a_wider_feed_forward_part_adds_nothing_at_first(llama: CausalModel) -> None:
+    networks = [make_network(Eagle3(**SMALL, intermediate=width), llama, None, seed=1) for width in (0, 200)]
+    assert networks[1].layer_shape.intermediate == 200 and networks[1].shape == networks[0].shape
+    sizes = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks]
+    assert sizes[1] > sizes[0]
+    tokens = sequence(16, seed=3)
+    batch = packed(llama, networks[0].taps, [tokens], [[3, 8]])
+    with torch.inference_mode():
+        plain, wide = (network.double().slot_states(batch) for network in networks)
+    torch.testing.assert_close(plain, wide)
+    with pytest.raises(ValueError, match="use 0 or more"):
+        Eagle3(**SMALL, intermediate=-1)

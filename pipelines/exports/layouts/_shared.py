@@ -34,7 +34,7 @@ def layer_config(source: Source, *, model_type: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model_type": model_type,
         "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
+        "intermediate_size": network.layer_shape.intermediate,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,

@@ -22,6 +22,7 @@ SPARE = DSpark(**SMALL, taps=[1, 2], markov_rank=4, mask="token", mask_token=6)
 DRAFTS: dict[str, FeatureDraftConfig] = {
     "eagle3": Eagle3(**SMALL, taps=[1, 2, 3]),
     "eagle3-norms": Eagle3(**SMALL, taps=[1, 2, 3], qk_norm=True),
+    "eagle3-wide": Eagle3(**SMALL, taps=[1, 2, 3], intermediate=200),
     "dflash": DFlash(**SMALL, taps=[1, 3]),
     "dflash-token": DFlash(**SMALL, taps=[1, 3], mask="token"),
     "dspark": DSpark(**SMALL, taps=[1, 2], markov_rank=4),
