@@ -20,12 +20,15 @@ from inference.randomness import TorchSource
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import explain_mismatch
+from inference.trees import Tree
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import near, plainly, prompt
 from tests.inference.test_trees import BUSHY
 
 pytestmark = pytest.mark.gpu
+# More than a hundred nodes, as a measured tree has.
+WIDE = Tree.of([(a,) for a in range(16)] + [(a, b) for a in range(12) for b in range(9)])
 GREEDY = Request(settings=SamplingSettings(), max_new_tokens=40)
 SAMPLED = Request(settings=SamplingSettings(temperature=0.7), max_new_tokens=40)
 
@@ -151,12 +154,14 @@ def test_recorded_rounds_are_captured_and_note_what_the_ordinary_decoder_knows(e
         assert decoder.decode(tokens, request=SAMPLED, seed=seed).tokens == sampled
 
 
-def test_half_precision_leaves_greedy_tokens_at_near_ties_alone() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tree", [None, BUSHY, WIDE], ids=["chain", "bushy", "wide"])
+def test_half_precision_leaves_greedy_tokens_at_near_ties_alone(tree: Tree | None, compiled: bool) -> None:
     target = model(torch.bfloat16, "bf16")
     network = network_for(CONFIGS["eagle3"], family_on_cpu()).to("cuda", torch.bfloat16)
     network.bind(target)
-    drafted = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256))
-    alone = GraphedDecoder(Rounds(target, None, block=0, capacity=256))
+    drafted = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256, tree=tree, compiled=compiled))
+    alone = GraphedDecoder(Rounds(target, None, block=0, capacity=256, compiled=compiled))
     for seed in range(6):
         tokens = prompt(20, seed=seed).cuda()
         mine = drafted.decode(tokens, request=GREEDY, seed=0).tokens

@@ -128,6 +128,22 @@ def test_the_path_that_stands_is_the_targets_own(name: str) -> None:
     assert seen == set(range(tree.size + 1)), "every node was the last that stands"
 
 
+def test_every_case_of_a_small_tree() -> None:
+    """All proposals and all choices over three tokens, enumerated."""
+    tree = Tree.of([(0,), (1,), (0, 0)])
+    plan, tokens = TreePlan(tree, torch.device("cpu")), range(3)
+    ids = [(0, one, other, below) for one in tokens for other in tokens for below in tokens if one != other]
+    cases = [(own, choices) for own in ids for choices in itertools.product(tokens, repeat=4)]
+    emitted, stood, ways = accept_tree(
+        torch.tensor([list(own) for own, _ in cases]), torch.tensor([list(choices) for _, choices in cases]), plan
+    )
+    for row, (own, choices) in enumerate(cases):
+        way = walked(tree, list(own), list(choices))
+        count = int(stood[row])
+        assert ways[row, : count + 1].tolist() == way
+        assert emitted[row, : count + 1].tolist() == [choices[node] for node in way]
+
+
 # Rounds
 
 

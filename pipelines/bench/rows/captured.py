@@ -103,6 +103,7 @@ class Config:
             for record in self._scored(bench, arms, prompt)
         ]
         figures = self._speedups(records, arms, seed=bench.options.seed)
+        notes += self._mismatches(records)
         for arm in arms:
             seconds, kernels = self._round_seconds(arm)
             figures += [_milliseconds(f"{arm.name}: {part} of a round", value) for part, value in seconds.items()]
@@ -162,6 +163,23 @@ class Config:
         greedy = sum(record.temperature == 0.0 and record.arm != BASELINE for record in records)
         counts = {"same": greedy - len(mismatches), "near_ties": near, "unexplained": len(mismatches) - near}
         return [*figures, answers_figure("greedy answers unlike target-only's", counts)]
+
+    @staticmethod
+    def _mismatches(records: list[Record]) -> list[str]:
+        """Where greedy answers left target-only's, in words: how close the tokens were, and what closeness does not
+        explain."""
+        left = [(record, record.mismatch) for record in records if record.mismatch is not None]
+        if not left:
+            return []
+        ties = [mismatch.margin for _, mismatch in left if mismatch.near_tie]
+        widest = f"near-ties are {max(ties):.3f} apart at most" if ties else "no near-ties"
+        others = [
+            f"{record.arm} left target-only's answer to {record.prompt_id} at token {mismatch.position}, where the two "
+            f"are {mismatch.margin:.3f} apart"
+            for record, mismatch in left
+            if not mismatch.near_tie
+        ]
+        return [widest, *others]
 
     def _round_seconds(self, arm: Arm) -> tuple[dict[str, float], str]:
         """Seconds of a greedy round and of its parts, captured apart, and its longest kernels in words."""
