@@ -6,8 +6,8 @@ Writes nothing; the held-out prompts of a score are never looked at.
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from inference.costs import RoundCosts, interpolated
 from inference.decoder import decode
@@ -18,6 +18,8 @@ from inference.randomness import TorchSource
 from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import Arm, ScorePrompt, request_seed
+from inference.tree_choice import WeighedTree
+from inference.trees import Tree
 
 # Later positions are seldom reached by a rejection, so that a sibling there is hardly ever worth its place.
 _SIBLING_POSITIONS = 3
@@ -34,6 +36,8 @@ class BlockChoice:
         expected: expected speedup by block length, from 1.
         block_seconds: seconds a round besides, whatever its length: what a block drafter spends in one pass.
         siblings: tokens offered beside the one at each position.
+        tree: what greedy captured rounds propose in place of the chain; None for the chain.
+        weighed: the chain and the trees that it was compared with, on the validation prompts; empty where none were.
     """
 
     tokens: int
@@ -42,6 +46,8 @@ class BlockChoice:
     expected: list[float]
     block_seconds: float = 0.0
     siblings: list[int] = field(default_factory=list)
+    tree: Tree | None = None
+    weighed: list[WeighedTree] = field(default_factory=list)
 
     def measured(self, passes: Mapping[int, float], chances: Chances) -> Measured:
         """What adaptive policies start from, with the target's passes by width and what signals are worth."""
@@ -50,9 +56,29 @@ class BlockChoice:
 
     @property
     def shape(self) -> str:
-        """For people: the tokens of the chain, and the siblings beside its positions where there are any."""
+        """For people: the tokens of the chain, the siblings beside its positions where there are any, and the nodes of
+        the tree."""
         beside = ",".join(str(count) for count in self.siblings)
-        return f"{self.tokens}+({beside})" if beside else str(self.tokens)
+        chain = f"{self.tokens}+({beside})" if beside else str(self.tokens)
+        return chain if self.tree is None else f"{chain} or a tree of {self.tree.size}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file."""
+        plain = asdict(replace(self, tree=None, weighed=[]))
+        tree = None if self.tree is None else self.tree.to_json()
+        return {**plain, "tree": tree, "weighed": [one.to_json() for one in self.weighed]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], *, where: str) -> "BlockChoice":
+        """Read what `to_json` wrote, or wrote before there were trees."""
+        tree, weighed = data.get("tree"), data.get("weighed", [])
+        return cls(
+            **{
+                **data,
+                "tree": None if tree is None else Tree.from_json(tree, where=where),
+                "weighed": [WeighedTree.from_json(one, where=where) for one in weighed],
+            }
+        )
 
 
 def choose_block(

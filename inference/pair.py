@@ -20,13 +20,16 @@ import torch
 from inference.decoder import decode
 from inference.device_profile import device_name, device_profile, library_versions
 from inference.drafters import Drafter, LoadContext, load_drafter
+from inference.drafters.feature import FeatureDrafter
 from inference.errors import InputError
+from inference.graphed.arms import can_be_captured
 from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_OFF
 from inference.graphed.growing import GrowingDecoder, growing_decoder
+from inference.graphed.rounds import check_tree
 from inference.lookahead import Lookahead, Measured
-from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.fixed import FixedLookahead, tree_of
 from inference.model import CausalModel
-from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, read_pair
+from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, TREE_KEY, read_pair
 from inference.parallel import load_target
 from inference.placement import precisions_for
 from inference.plugins import plugin
@@ -36,6 +39,7 @@ from inference.sampling_settings import SamplingSettings
 from inference.target import TargetConfig, stop_tokens, target_digest
 from inference.text_stream import TextStream
 from inference.traffic import TrafficLog, as_messages, pair_label, record_from
+from inference.trees import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ class Pair:
         info: what `pair.json` says.
         target: the model whose output is kept.
         drafter: proposes tokens.
-        lookahead: how many.
+        lookahead: how many, and the tree that greedy captured rounds propose.
         target_digest: of the target that decodes; another than the pair's own where that was allowed.
         captured: whether `generate` goes by captured rounds, see `load_pair`.
 
@@ -278,11 +282,30 @@ def load_pair(
     lookahead = load_lookahead(
         decoding["lookahead"], measured=lambda: _measured(info, config, Path(cache).expanduser(), precision)
     )
+    _check_tree(lookahead, drafter)
     return Pair(info, model, drafter, lookahead, digest, captured)
 
 
+def _check_tree(lookahead: Lookahead, drafter: Drafter) -> None:
+    """Refuse a tree that the draft cannot propose, whatever decodes.
+
+    Raises:
+        InputError: it cannot.
+    """
+    tree = tree_of(lookahead)
+    if tree is None:
+        return
+    try:
+        if not isinstance(drafter, FeatureDrafter) or not can_be_captured(drafter):
+            raise ValueError("this draft proposes no trees")
+        check_tree(tree, drafter.network)
+    except ValueError as error:
+        raise InputError(f"the tree is off: {error}", where=PAIR_FILE, mend="publish the pair again") from None
+
+
 def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured | None] = lambda: None) -> Lookahead:
-    """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed.
+    """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed. A fixed one may have a
+    tree for greedy captured rounds, under `tree`.
 
     Args:
         settings: of the policy.
@@ -295,9 +318,14 @@ def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured 
         if settings["tokens"] == 0:
             return FixedLookahead(0)
         module = plugin("inference.lookahead", settings["kind"])
-        config = module.Config(**settings)
+        config = module.Config(**{key: value for key, value in settings.items() if key != TREE_KEY})
         known = measured() if config.weighs_costs else None
         lookahead: Lookahead = config.build(config.tokens, config.siblings, known)
+        if settings.get(TREE_KEY) is not None:
+            if not isinstance(lookahead, FixedLookahead):
+                raise ValueError(f"{config.kind} has no tree")
+            tree = Tree.from_json(settings[TREE_KEY], where=PAIR_FILE)
+            lookahead = FixedLookahead(config.tokens, siblings=config.siblings, tree=tree)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"lookahead settings are off: {error}", where=PAIR_FILE, mend="publish the pair again"

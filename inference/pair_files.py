@@ -1,6 +1,7 @@
 """The JSON files of a published pair and of a draft, read and checked. Loading what they name is `inference.pair`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ PAIR_FILE = "pair.json"
 SCHEMA_VERSION = 1
 DEFAULT_CACHE = Path("~/.cache/dspark")
 DRAFT_FILE = "draft.json"
+TREE_KEY = "tree"
+"""Of a policy: the tree that greedy captured rounds propose, as `Tree.to_json` writes it."""
 _KEYS = {"target": {"path", "revision", "digest", "attention"}, "draft": set(), "decoding": {"precision", "lookahead"}}
 
 
@@ -58,3 +61,10 @@ def read_draft_spec(folder: Path) -> dict[str, object]:
     if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
         raise InputError("draft.json names no kind", where=str(path), mend="publish the draft again")
     return spec
+
+
+def lookahead_words(settings: Mapping[str, Any]) -> str:
+    """How much a pair proposes, for people: the policy, its longest block, and the size of its tree."""
+    words = f"{settings.get('kind', '-')} lookahead of {settings.get('tokens')}"
+    tree = settings.get(TREE_KEY)
+    return f"{words}, trees of {len(tree)} when greedy and captured" if isinstance(tree, list) else words

@@ -1,5 +1,6 @@
 """What is asked of a decoder and what one request gave: plain data. The decoding itself is `inference.decoder`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,18 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
+
+
+def tree_tokens(blocks: Mapping[int, int], *, depth: int) -> int:
+    """Tokens of the tree that the rounds of a request proposed; 0 where they proposed chains, which have as many
+    positions as tokens.
+
+    Args:
+        blocks: see `Decoded`.
+        depth: positions counted.
+    """
+    widest = max(blocks, default=0)
+    return widest if widest > depth else 0
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Which tree a draft should propose: the target answers prompts, and what it went on with says which paths are worth
-their place."""
+their place; and whether any tree is worth what its rounds take."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from inference.drafters.feature import FeatureDrafter
 from inference.graphed.decode import GraphedDecoder
@@ -9,7 +11,7 @@ from inference.prescore.responses import fixed_response
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import ScorePrompt
-from inference.trees import Continuations
+from inference.trees import Continuations, Tree
 
 _GREEDY = SamplingSettings()
 
@@ -42,3 +44,56 @@ def continuations(
         )
         known.add(drafter.continuation_ranks(response, depth=depth).tolist())
     return known
+
+
+@dataclass(frozen=True)
+class WeighedTree:
+    """What greedy rounds of a tree, or of a chain, are expected to give.
+
+    Attributes:
+        tree: what they propose.
+        tau: tokens a round, on the answers that the trees were chosen on.
+        seconds: of a round.
+    """
+
+    tree: Tree
+    tau: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tau / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file."""
+        return {"tree": self.tree.to_json(), "tau": self.tau, "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], *, where: str) -> "WeighedTree":
+        """Read what `to_json` wrote."""
+        return cls(Tree.from_json(data["tree"], where=where), data["tau"], data["seconds"])
+
+
+def weigh_trees(
+    decoder: GraphedDecoder, known: Continuations, *, tokens: int, sizes: Sequence[int], depth: int
+) -> list[WeighedTree]:
+    """The chain, and after it the best tree of every size, each with its tau and what its rounds take here.
+
+    Args:
+        decoder: of the target and the draft.
+        known: what the target went on with, at least as deep as chain and trees.
+        tokens: of the chain.
+        sizes: nodes of the trees; where fewer paths were seen, the same tree is weighed once.
+        depth: most tokens of a path of a tree.
+    """
+    chain = Tree.chain(tokens)
+    trees = dict.fromkeys(known.best(size, depth=depth) for size in sorted(sizes))
+    proposed: list[tuple[Tree, int | Tree]] = [(chain, tokens), *((tree, tree) for tree in trees if tree != chain)]
+    return [WeighedTree(tree, known.tau(tree), decoder.timed(asked, sampled=False).whole) for tree, asked in proposed]
+
+
+def fastest_tree(weighed: Sequence[WeighedTree]) -> Tree | None:
+    """The tree of the most tokens a second; None where that is the chain, which comes first."""
+    best = max(weighed, key=lambda one: one.rate)
+    return None if best is weighed[0] else best.tree

@@ -1,4 +1,5 @@
-"""Captured rounds in a score: which arms are decoded by them, prepared before anything is timed, and what they take.
+"""Captured rounds in a score: which arms are decoded by them, prepared before anything is timed, what they take, and
+which trees greedy ones propose.
 
 On a GPU a round run kernel by kernel is nearly all launches (docs/gpu.md), and speeds measured like that say little.
 The baseline is captured whenever anything is: a draft is compared with the fastest target-only decoding there is.
@@ -9,13 +10,18 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from inference.block_length import BlockChoice
 from inference.costs import RoundCosts
+from inference.drafters import Drafter
+from inference.drafters.feature import FeatureDrafter
 from inference.errors import InputError
-from inference.graphed.arms import can_be_captured, captured_decoder, longest_block
+from inference.graphed.arms import can_be_captured, capacity_for, decoder_of_capacity, longest_block
 from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import GraphedDecoder, follows
 from inference.graphed.timing import costs_of
-from inference.scoring import Arm
+from inference.scoring import Arm, ScorePrompt
+from inference.tree_choice import continuations, fastest_tree, weigh_trees
+from inference.trees import Tree
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.report import markdown_table
@@ -80,16 +86,70 @@ def obstacle(cfg: RunConfig, temperatures: Sequence[float]) -> str:
 def _decoder(cfg: RunConfig, arm: Arm) -> GraphedDecoder:
     block = min(cfg.lookahead.tokens or cfg.lookahead.longest_auto, longest_block(arm.drafter))
     tokens = cfg.score.max_prompt_tokens + cfg.decode.max_new_tokens
-    return captured_decoder(arm.target, arm.drafter, block=block, tokens=tokens)
+    # With room for the largest tree that may be chosen.
+    capacity = capacity_for(arm.target, tokens, block=max([block, *_tree_sizes(cfg, arm.drafter)]))
+    return decoder_of_capacity(arm.target, arm.drafter, block=block, capacity=capacity)
 
 
-def prepared(context: RunContext, arm: Arm, tokens: int) -> GraphedDecoder | None:
-    """The decoder of a captured arm with blocks of `tokens` tokens or what it has, all of it captured; None for an arm
-    that is not captured. Asked for the same again, it is the same."""
+def _tree_sizes(cfg: RunConfig, drafter: Drafter) -> list[int]:
+    """Sizes of the trees that a captured draft may be given; none where no request is greedy."""
+    return cfg.lookahead.trees if isinstance(drafter, FeatureDrafter) and 0.0 in cfg.score.temperatures else []
+
+
+def with_tree(
+    context: RunContext, arm: Arm, choice: BlockChoice, prompts: Sequence[ScorePrompt], stops: frozenset[int]
+) -> BlockChoice:
+    """The choice of a captured arm with the tree that its greedy rounds propose, if one is expected to be faster than
+    the chain; one line says which. Of all other arms the choice as it is.
+
+    Args:
+        context: of the run.
+        arm: with a decoder of its longest block.
+        choice: of the chain.
+        prompts: validation prompts, never held-out ones.
+        stops: tokens that end an answer.
+    """
+    cfg, drafter = context.cfg, arm.drafter
+    sizes = _tree_sizes(cfg, drafter)
+    if arm.captured is None or not sizes or not isinstance(drafter, FeatureDrafter):
+        return choice
+    depth = min(cfg.lookahead.tree_depth, drafter.network.deepest)
+    known = continuations(
+        arm.captured,
+        drafter,
+        prompts,
+        depth=max(depth, choice.tokens),
+        max_new_tokens=cfg.decode.max_new_tokens,
+        stop_tokens=stops,
+    )
+    weighed = weigh_trees(arm.captured, known, tokens=choice.tokens, sizes=sizes, depth=depth)
+    tree, chain = fastest_tree(weighed), weighed[0]
+    best = max(weighed[1:], key=lambda one: one.rate, default=chain)
+    logger.info(
+        "%s: greedy rounds propose %s; the best tree has %d tokens, %d deep: tau %.2f expected, %.2f times as fast as "
+        "the chain of %d (tau %.2f)",
+        arm.name,
+        "the chain" if tree is None else "the tree",
+        best.tree.size,
+        best.tree.depth,
+        best.tau,
+        best.rate / chain.rate,
+        choice.tokens,
+        chain.tau,
+    )
+    return dataclasses.replace(choice, tree=tree, weighed=weighed)
+
+
+def prepared(context: RunContext, arm: Arm, tokens: int, tree: Tree | None = None) -> GraphedDecoder | None:
+    """The decoder of a captured arm with blocks of `tokens` tokens or what it has, and in greedy rounds a tree as far
+    down as it goes, all of it captured; None for an arm that is not captured. Asked for the same again, it is the
+    same."""
     if arm.captured is None:
         return None
     cfg = context.cfg
-    decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block))
+    if tree is not None and isinstance(arm.drafter, FeatureDrafter):
+        tree = tree.cut(arm.drafter.network.deepest)
+    decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block), tree)
     longest = min(cfg.score.max_prompt_tokens, arm.target.context_limit - 1)
     decoder.prepare(longest_prompt=longest, sampled={t > 0.0 for t in cfg.score.temperatures})
     return decoder
@@ -125,5 +185,29 @@ def captured_markdown(plan: "ScorePlan") -> str:
         "## Captured rounds\n\nThese were decoded by captured rounds, which propose a fixed number of tokens, without "
         "siblings. Milliseconds of a round by tokens proposed, from replays; the block length was chosen by them. In "
         "the seconds by part above, their drafting and verifying are from replays of each part alone, and `other` is "
-        "the rest of each request.\n\n" + markdown_table(header, rows)
+        "the rest of each request.\n\n" + markdown_table(header, rows) + _trees_markdown(plan)
+    )
+
+
+def _trees_markdown(plan: "ScorePlan") -> str:
+    """The trees that were weighed; empty where none were."""
+    rows = [
+        [
+            name,
+            f"{'chain' if one is choice.weighed[0] else 'tree'} of {one.tree.size}",
+            str(one.tree.depth),
+            f"{one.tau:.2f}",
+            f"{1e3 * one.seconds:.2f}",
+            f"{one.rate / choice.weighed[0].rate:.2f}",
+            "yes" if one.tree == (choice.tree or choice.weighed[0].tree) else "no",
+        ]
+        for name, choice in plan.blocks.items()
+        for one in choice.weighed
+    ]
+    if not rows:
+        return ""
+    header = ["draft", "proposed", "deep", "expected tau", "ms a round", "times the chain", "chosen"]
+    return (
+        "\nWhere a tree was chosen it is what greedy rounds propose; sampled ones propose the chain. Trees are made "
+        "and weighed on validation prompts.\n\n" + markdown_table(header, rows)
     )

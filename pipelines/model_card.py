@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inference.batch.load_figures import LoadFigure
+from inference.pair_files import lookahead_words
 from inference.statistics import BASELINE, Scorecard, find_card
 from pipelines.advice import Advice, advise, prompts_of
 from pipelines.exports.write import README_FILE, SERVE_FOLDER, Export
@@ -42,7 +43,8 @@ def model_card(
         f"# {info['name']} {info['version']}: {decision.winner} draft for {info['target']['path']}\n\n"
         f"Chosen because: {decision.reason}. Decoding is lossless: the output is the target's own.\n\n"
         f"Measured on {info['cost_profile']['device']}; tau counts the bonus token; intervals are 95 % bootstraps over "
-        f"{prompts} held-out prompts ({winner.requests} requests).\n\n"
+        f"{prompts} held-out prompts ({winner.requests} requests). Decoding: "
+        f"{info['decoding']['precision']}, {lookahead_words(info['decoding']['lookahead'])}.\n\n"
         f"{markdown_table(header, rows)}\n"
         f"## Advice\n\n{_advice(advise(cards, winner=decision.winner, load=load))}\n"
         f"## All candidates\n\n{_candidates(decision)}\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 from inference.errors import InputError
 from inference.lookahead.fixed import Config as FixedConfig
-from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, read_pair
+from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, TREE_KEY, read_pair
 from inference.statistics import BASELINE, Scorecard
 from pipelines import provenance
 from pipelines.artifacts import MANIFEST, Artifact
@@ -259,15 +259,16 @@ def _training(context: RunContext, draft: Artifact, name: str) -> dict[str, Any]
     return found
 
 
-def _captured_rounds(scorecard: dict[str, Any], name: str) -> dict[str, int] | None:
-    """Tokens and positions of the captured rounds an arm was measured by; None for the ordinary decoder, and of scores
-    that are older than this."""
-    found: dict[str, int] | None = scorecard.get("captured_rounds", {}).get(name)
+def _captured_rounds(scorecard: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Tokens, positions and tree of the captured rounds an arm was measured by; None for the ordinary decoder, and of
+    scores that are older than this."""
+    found: dict[str, Any] | None = scorecard.get("captured_rounds", {}).get(name)
     return found
 
 
 def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings of the policy an arm was measured with: the configured one, but of captured rounds a fixed block."""
+    """Settings of the policy an arm was measured with: the configured one, but of captured rounds a fixed block, and
+    the tree of greedy ones where they had one."""
     own, captured = context.cfg.lookahead, _captured_rounds(scorecard, name)
     block = scorecard["blocks"].get(name, {"tokens": 0, "siblings": []})
     if captured is None:
@@ -281,8 +282,11 @@ def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dic
             tokens,
             own.kind,
         )
-    fixed = FixedConfig(longest_auto=own.longest_auto, siblings_auto=own.siblings_auto)
-    return {**plain(asdict(fixed)), "tokens": tokens}
+    fixed = FixedConfig(
+        longest_auto=own.longest_auto, siblings_auto=own.siblings_auto, trees=own.trees, tree_depth=own.tree_depth
+    )
+    tree = captured.get("tree")
+    return {**plain(asdict(fixed)), "tokens": tokens, **({} if tree is None else {TREE_KEY: tree})}
 
 
 def _pair_info(

@@ -325,7 +325,11 @@ def write_results(
         "policies": plan.policies,
         "captured": sorted(plan.captured),
         "captured_rounds": {
-            name: {"tokens": arm.captured.rounds.block, "positions": arm.captured.rounds.capacity}
+            name: {
+                "tokens": arm.captured.rounds.block,
+                "positions": arm.captured.rounds.capacity,
+                "tree": None if arm.captured.tree is None else arm.captured.tree.to_json(),
+            }
             for name, arm in arms.items()
             if arm.captured is not None
         },

@@ -1,4 +1,4 @@
-"""What is fixed before the first held-out prompt is decoded: block lengths, and how many prompts fit the time.
+"""What is fixed before the first held-out prompt is decoded: block lengths, trees, and how many prompts fit the time.
 
 Chosen on validation prompts alone, written at once, and read back by a score that was interrupted.
 """
@@ -18,7 +18,7 @@ from inference.lookahead.fixed import FixedLookahead
 from inference.scoring import Arm, ScorePrompt, score_prompt
 from inference.statistics import BASELINE
 from pipelines.calibrate import calibrate
-from pipelines.captured import FIXED, captured_costs, prepared
+from pipelines.captured import FIXED, captured_costs, prepared, with_tree
 from pipelines.context import RunContext
 from pipelines.files import read_json, write_json
 
@@ -32,7 +32,7 @@ class ScorePlan:
     """Fixed after the warm-up and before the first held-out prompt.
 
     Attributes:
-        blocks: block length and how it was chosen, by draft.
+        blocks: block length and tree, and how they were chosen, by draft.
         prompts: ids of the held-out prompts, in the order they are decoded.
         screen_at: number of prompts after which slow arms are dropped; 0 never.
         chances: what each draft's signals are worth, as JSON; see `inference.lookahead.Chances`.
@@ -47,6 +47,11 @@ class ScorePlan:
     chances: dict[str, dict[str, Any]]
     policies: dict[str, str] = field(default_factory=dict)
     captured: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file."""
+        blocks = {name: choice.to_json() for name, choice in self.blocks.items()}
+        return {**asdict(dataclasses.replace(self, blocks={})), "blocks": blocks}
 
     def measured(self, context: RunContext) -> dict[str, Measured]:
         """What the policies start from, by draft; of a captured one all costs are those of captured rounds."""
@@ -91,7 +96,7 @@ def make_score_plan(
     if path.is_file():
         data = read_json(path)
         return ScorePlan(
-            {name: BlockChoice(**choice) for name, choice in data["blocks"].items()},
+            {name: BlockChoice.from_json(choice, where=str(path)) for name, choice in data["blocks"].items()},
             data["prompts"],
             data["screen_at"],
             data["chances"],
@@ -131,7 +136,7 @@ def make_score_plan(
             cfg.lookahead.kind,
         )
     plan = ScorePlan(blocks, [p.id for p in chosen], screen_at, chances, policies, captured)
-    write_json(path, asdict(plan))
+    write_json(path, plan.to_json())
     lengths = ", ".join(f"{name} {choice.shape}" for name, choice in blocks.items())
     logger.info("score plan: %d held-out prompts; block lengths: %s", len(chosen), lengths or "none")
     return plan
@@ -173,7 +178,7 @@ def _choose_blocks(
             )
             if cfg.lookahead.tokens:
                 choice = dataclasses.replace(choice, tokens=longest, siblings=own)
-            blocks[name] = choice
+            blocks[name] = with_tree(context, arm, choice, validation, stops)
         timed = with_lookahead(context, arm, blocks.get(name))
         records = score_prompt(
             [dataclasses.replace(timed, name=BASELINE)],
@@ -217,7 +222,8 @@ def _calibrate(
 
 
 def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, measured: Measured | None = None) -> Arm:
-    """The arm with the policy it is scored under; a captured one proposes the same number of tokens every round.
+    """The arm with the policy it is scored under; a captured one proposes the same number of tokens every round, in a
+    chain or, greedy, in the tree that was chosen.
 
     Args:
         context: of the run.
@@ -225,10 +231,10 @@ def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, me
         choice: block of the draft; None for the baseline.
         measured: of the draft; None for a block of the chosen length whatever the policy, as the time plan wants it.
     """
-    captured = prepared(context, arm, 0 if choice is None else choice.tokens)
+    captured = prepared(context, arm, choice.tokens, choice.tree) if choice else prepared(context, arm, 0)
     lookahead: Lookahead = FixedLookahead(0)
     if captured is not None:
-        lookahead = FixedLookahead(captured.rounds.block)
+        lookahead = FixedLookahead(captured.rounds.block, tree=captured.tree)
     elif choice is not None and measured is None:
         lookahead = FixedLookahead(choice.tokens, siblings=choice.siblings)
     elif choice is not None:

@@ -18,6 +18,7 @@ from inference.errors import InputError
 from inference.graphed.arms import decoder_of_capacity
 from inference.graphed.asked import CAPTURED_OFF
 from inference.graphed.decode import GraphedDecoder
+from inference.lookahead.fixed import tree_of
 from inference.pair import Pair, load_pair
 from inference.pair_files import DEFAULT_CACHE, read_pair
 from inference.randomness import TorchSource
@@ -102,7 +103,11 @@ def faithful(pair: Pair, checks: Sequence[Check], *, drafter: Drafter | None = N
         positions = check.captured_positions
         if positions and positions not in decoders:
             decoders[positions] = decoder_of_capacity(
-                pair.target, drafter or pair.drafter, block=pair.lookahead.longest, capacity=positions
+                pair.target,
+                drafter or pair.drafter,
+                block=pair.lookahead.longest,
+                capacity=positions,
+                tree=tree_of(pair.lookahead),
             )
         decoded = repeat(pair, check, drafter=drafter, captured=decoders.get(positions))
         yield check, tokens_digest(decoded.tokens) == check.digest and check.passes in (0, decoded.passes)

@@ -1,6 +1,6 @@
 """Which targets and drafts can be decoded by captured rounds, and their decoders.
 
-Captured are target-only decoding and chains of drafts that read the target's features, under targets that
+Captured are target-only decoding and chains or trees of drafts that read the target's features, under targets that
 `inference.graphed.target` takes; look-up, drafts mixed with it and standalone models are decoded as they are.
 """
 
@@ -14,6 +14,7 @@ from inference.graphed.decode import GraphedDecoder, Timed
 from inference.graphed.rounds import Rounds
 from inference.graphed.target import ALIGNMENT
 from inference.model import CausalModel
+from inference.trees import Tree
 
 
 def can_be_captured(drafter: Drafter) -> bool:
@@ -32,6 +33,11 @@ def capacity_for(target: CausalModel, tokens: int, *, block: int) -> int:
     """Positions of a request of so many tokens, prompt and answer, in whole steps of what attention kernels want.
 
     A request ends at the context's end, whatever it proposes; only a block that is cut off there reaches beyond.
+
+    Args:
+        target: verifies.
+        tokens: of the longest request.
+        block: most tokens that a round proposes, in a chain or a tree.
     """
     needed = min(tokens, target.context_limit) + block
     return -(-needed // ALIGNMENT) * ALIGNMENT
@@ -43,6 +49,7 @@ def captured_decoder(
     *,
     block: int,
     tokens: int,
+    tree: Tree | None = None,
     timed: Timed | None = None,
 ) -> GraphedDecoder:
     """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
@@ -52,13 +59,15 @@ def captured_decoder(
         drafter: see `can_be_captured`; its network's weights are shared.
         block: tokens proposed a round, at most `longest_block`; 0 without a draft.
         tokens: of the longest request, prompt and answer.
+        tree: what greedy rounds propose in place of a chain; see `Rounds`.
         timed: see `GraphedDecoder`.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
+        ValueError: a tree that the draft cannot propose.
     """
-    capacity = capacity_for(target, tokens, block=block)
-    return decoder_of_capacity(target, drafter, block=block, capacity=capacity, timed=timed)
+    capacity = capacity_for(target, tokens, block=max(block, 0 if tree is None else tree.size))
+    return decoder_of_capacity(target, drafter, block=block, capacity=capacity, tree=tree, timed=timed)
 
 
 def decoder_of_capacity(
@@ -67,6 +76,7 @@ def decoder_of_capacity(
     *,
     block: int,
     capacity: int,
+    tree: Tree | None = None,
     timed: Timed | None = None,
 ) -> GraphedDecoder:
     """`captured_decoder` with so many positions: buffers of another length may round otherwise.
@@ -76,16 +86,18 @@ def decoder_of_capacity(
         drafter: likewise.
         block: likewise.
         capacity: positions of a request, as `GraphedDecoder.rounds` had them.
+        tree: likewise.
         timed: likewise.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
+        ValueError: a tree that the draft cannot propose.
     """
     if not can_be_captured(drafter):
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
     _check_windows(target, capacity)
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
-    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity), timed=timed)
+    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity, tree=tree), timed=timed)
 
 
 def _check_windows(target: CausalModel, capacity: int) -> None:

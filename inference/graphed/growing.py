@@ -20,10 +20,11 @@ from inference.graphed.asked import CAPTURED, CAPTURED_AUTO, CAPTURED_OFF, CAPTU
 from inference.graphed.decode import GraphedDecoder, Timed, follows
 from inference.graphed.target import static_layers
 from inference.lookahead import Lookahead
-from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.fixed import FixedLookahead, tree_of
 from inference.model import CausalModel
 from inference.parallel import ParallelModel
 from inference.request import Decoded, Request
+from inference.trees import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def growing_decoder(
     Args:
         target: verifies.
         drafter: proposes.
-        lookahead: how many tokens.
+        lookahead: how many tokens, and the tree of greedy rounds.
         asked: see `inference.graphed.asked`.
 
     Raises:
@@ -54,8 +55,9 @@ def growing_decoder(
         logger.info("no captured rounds: %s", reason)
         return None
     # A block of nothing is target-only decoding, whoever would draft.
-    drafter = drafter if lookahead.longest else NoDrafter()
-    return GrowingDecoder(target, drafter, block=min(lookahead.longest, longest_block(drafter)), strict=strict)
+    drafter, tree = (drafter, tree_of(lookahead)) if lookahead.longest else (NoDrafter(), None)
+    block = min(lookahead.longest, longest_block(drafter))
+    return GrowingDecoder(target, drafter, block=block, tree=tree, strict=strict)
 
 
 def obstacle(target: CausalModel, drafter: Drafter, lookahead: Lookahead) -> str:
@@ -80,11 +82,15 @@ class GrowingDecoder:
         target: see `captured_decoder`.
         drafter: likewise.
         block: likewise.
+        tree: likewise.
         strict: refuse a request that captured rounds do not follow, instead of leaving it to others.
     """
 
-    def __init__(self, target: CausalModel, drafter: Drafter, *, block: int, strict: bool) -> None:
-        self._target, self._drafter, self._block, self._strict = target, drafter, block, strict
+    def __init__(
+        self, target: CausalModel, drafter: Drafter, *, block: int, strict: bool, tree: Tree | None = None
+    ) -> None:
+        self._target, self._drafter, self._strict = target, drafter, strict
+        self._block, self._tree = block, tree
         self._decoder: GraphedDecoder | None = None
         self._timed: Timed = {}
         # Fewest tokens that no buffers could be made for, and why.
@@ -93,7 +99,7 @@ class GrowingDecoder:
     @property
     def room(self) -> int:
         """Tokens of the longest request that the buffers hold; 0 before there are any."""
-        return 0 if self._decoder is None else self._decoder.rounds.capacity - self._block
+        return 0 if self._decoder is None else self._decoder.rounds.capacity - self._decoder.rounds.width
 
     def decode(
         self,
@@ -123,7 +129,8 @@ class GrowingDecoder:
             if self._strict:
                 raise _refusal(error.what) from None
             return None
-        decoder.timed(self._block, sampled=not request.settings.greedy)
+        greedy = request.settings.greedy
+        decoder.timed(self._tree if greedy and self._tree is not None else self._block, sampled=not greedy)
         return decoder.decode(prompt, request=request, seed=seed, on_tokens=on_tokens)
 
     def _decoder_for(self, tokens: int, request: Request) -> GraphedDecoder:
@@ -151,7 +158,9 @@ class GrowingDecoder:
             self._decoder = None
             gc.collect()  # rounds and what is captured of them hold each other
         try:
-            return captured_decoder(self._target, self._drafter, block=self._block, tokens=tokens, timed=self._timed)
+            return captured_decoder(
+                self._target, self._drafter, block=self._block, tokens=tokens, tree=self._tree, timed=self._timed
+            )
         except torch.OutOfMemoryError:
             reason = f"the device has no room for captured rounds of {tokens} tokens"
         except InputError as error:

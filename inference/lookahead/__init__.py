@@ -157,6 +157,9 @@ class BlockConfig:
         longest_auto: longest block that the automatic choice may take.
         siblings: tokens offered beside the one at each position, where `tokens` is set.
         siblings_auto: most of them beside one position that the automatic choice may take; 0 for chains alone.
+        trees: sizes, in tokens a round, of the trees that the score tries for greedy captured rounds; the one that pays
+            most on validation prompts is taken in place of the chain, if any does. Empty for chains alone.
+        tree_depth: most tokens of a path of a tree.
         weighs_costs: whether the policy needs measured seconds.
         calibrates: whether the policy goes by chances, which are worth calibrating first.
         learns: whether requests change what later requests are proposed.
@@ -171,6 +174,8 @@ class BlockConfig:
     longest_auto: int = 8
     siblings: list[int] = field(default_factory=list)
     siblings_auto: int = 3
+    trees: list[int] = field(default_factory=lambda: [16, 32, 64])
+    tree_depth: int = 8
 
     def __post_init__(self) -> None:
         if self.tokens < 0:
@@ -181,6 +186,10 @@ class BlockConfig:
             raise ValueError("lookahead.siblings and lookahead.siblings_auto count tokens; use 0 or more")
         if self.siblings and not self.tokens:
             raise ValueError("lookahead.siblings needs a block length of your own; set lookahead.tokens as well")
+        if any(size < 1 for size in self.trees):
+            raise ValueError(f"lookahead.trees is {self.trees}; give sizes of at least 1, or [] for chains alone")
+        if self.tree_depth < 1:
+            raise ValueError(f"lookahead.tree_depth is {self.tree_depth}; use at least 1")
 
     def build(self, tokens: int, siblings: Sequence[int] = (), measured: Measured | None = None) -> "Lookahead":
         """The policy, with the longest block and the siblings that were chosen for one draft.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from inference.request import Decoded
+from inference.request import Decoded, tree_tokens
 
 SCHEMA_VERSION = 1
 ENGINE = "dspark"
@@ -45,6 +45,7 @@ class TrafficRecord:
         seconds: wall-clock seconds of the request, or of the interval.
         source: "dspark" for a request of this engine; "vllm" or "sglang" for an interval of that engine's counters.
         requests: how many are behind the record.
+        tree: tokens of the tree that every round proposed; 0 for chains. By position then means by depth.
     """
 
     id: str
@@ -65,6 +66,7 @@ class TrafficRecord:
     seconds: float
     source: str = ENGINE
     requests: int = 1
+    tree: int = 0
 
     @property
     def single(self) -> bool:
@@ -145,7 +147,7 @@ _SHAPES = {
         _is_text,
     ),
     **dict.fromkeys(("time", "temperature", "seconds"), _is_number),
-    **dict.fromkeys(("emitted", "passes", "requests"), _is_count),
+    **dict.fromkeys(("emitted", "passes", "requests", "tree"), _is_count),
     **dict.fromkeys(("proposed", "accepted"), _are_counts),
     "prompt": _are_messages,
     "response": _is_text_or_none,
@@ -218,4 +220,5 @@ def record_from(
         proposed=list(decoded.proposed),
         accepted=list(decoded.accepted),
         seconds=round(decoded.total_seconds if seconds is None else seconds, 6),
+        tree=tree_tokens(decoded.blocks, depth=len(decoded.proposed)),
     )

@@ -20,6 +20,7 @@ import numpy as np
 from inference.betting import confidence_sequence
 from inference.errors import InputError
 from inference.records import Record
+from inference.request import tree_tokens
 from inference.traffic import TrafficRecord
 from pipelines.drift.config import DriftConfig
 from pipelines.drift.detector import EDetector
@@ -102,9 +103,11 @@ def _t_quantile(level: float, freedom: int) -> float:
     return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3 + g4 / freedom**4
 
 
-def stratum_name(domain: str, temperature: float) -> str:
-    """A stratum in words, as in `chat, greedy`."""
-    return f"{domain or 'unknown'}, {'sampled' if temperature > 0 else 'greedy'}"
+def stratum_name(domain: str, temperature: float, *, tree: int = 0) -> str:
+    """A stratum in words, as in `chat, greedy`; rounds of a tree accept more at every depth than chains and are told
+    apart, since one pair may be served by both."""
+    kind = "sampled" if temperature > 0 else f"greedy by trees of {tree}" if tree else "greedy"
+    return f"{domain or 'unknown'}, {kind}"
 
 
 def references(records: Iterable[Record], arm: str) -> dict[str, float]:
@@ -117,7 +120,8 @@ def references(records: Iterable[Record], arm: str) -> dict[str, float]:
     for record in records:
         if record.arm == arm and any(record.proposed):
             rate = sum(record.accepted) / sum(record.proposed)
-            prompts = found.setdefault(stratum_name(record.domain, record.temperature), {})
+            tree = tree_tokens({int(length): n for length, n in record.blocks.items()}, depth=len(record.proposed))
+            prompts = found.setdefault(stratum_name(record.domain, record.temperature, tree=tree), {})
             prompts.setdefault(record.prompt_id, []).append(rate)
     level = _LEVEL / max(1, len(found))
     return {
@@ -155,7 +159,7 @@ def observe(state: State, records: Iterable[TrafficRecord], published: dict[str,
         rate = record.rate
         if rate is None or not 0 <= rate <= 1:
             continue
-        name = stratum_name(record.domain, record.temperature)
+        name = stratum_name(record.domain, record.temperature, tree=record.tree)
         stratum = state.strata.get(name)
         if stratum is None:
             if name not in published:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import InputError
-from inference.pair_files import PAIR_FILE, read_pair
+from inference.pair_files import PAIR_FILE, lookahead_words, read_pair
 from inference.statistics import OVERALL
 from pipelines.pairs import digests
 from pipelines.pairs.naming import Version, all_versions
@@ -139,8 +139,7 @@ def _versions_in(entry: Mapping[str, Any]) -> list[Any]:
 def _lines(version: Version, info: Mapping[str, Any], *, recorded: str | None, sealed: bool) -> list[tuple[str, str]]:
     """Single facts with their names."""
     one, decoding, lineage = facts(version), info["decoding"], info.get("lineage", {})
-    lookahead, code = decoding["lookahead"], lineage.get("code", {})
-    training = info.get("training", {})
+    code, training = lineage.get("code", {}), info.get("training", {})
     came = info.get("imported")
     seal = "none: published before there were seals" if not sealed else (recorded or "not in the log")[:_DIGITS]
     lines = [
@@ -149,7 +148,7 @@ def _lines(version: Version, info: Mapping[str, Any], *, recorded: str | None, s
         ("target", f"{one['target']} {info['target']['revision']} {one['target_digest'][:_DIGITS]}"),
         ("draft", _draft(one)),
         ("chosen because", str(info.get("decision", {}).get("reason", "-"))),
-        ("decoding", f"{decoding['precision']}, {lookahead.get('kind', '-')} lookahead of {lookahead.get('tokens')}"),
+        ("decoding", f"{decoding['precision']}, {lookahead_words(decoding['lookahead'])}"),
         ("measured on", str(info.get("cost_profile", {}).get("device", "-"))),
         ("training", ", ".join(f"{key} {value:,.0f}" for key, value in _numbers(training)) or "-"),
         ("made from", ", ".join(f"{k} {str(v)[:8]}" for k, v in lineage.items() if isinstance(v, str)) or "-"),

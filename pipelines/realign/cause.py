@@ -1,8 +1,8 @@
 """Why acceptance fell: the published draft on the prompts it was scored on, with the target there is now (has the
 target moved?), and on recent traffic with the target it was made for (has the traffic moved?).
 
-Greedy decoding with the pair's own policy; what is compared is tau. Paired with the score where the prompts are the
-same, against its interval where they are not.
+Greedy decoding with the pair's own policy, by rounds of its tree where it has one; what is compared is tau. Paired with
+the score where the prompts are the same, against its interval where they are not.
 """
 
 import logging
@@ -19,14 +19,17 @@ from distill.prompts.jsonl import Config as Jsonl
 from inference.decoder import decode
 from inference.drafters import LoadContext, load_drafter
 from inference.errors import InputError
+from inference.graphed.arms import captured_decoder
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
+from inference.pair_files import PAIR_FILE, TREE_KEY
 from inference.randomness import TorchSource
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import ScorePrompt
 from inference.statistics import OVERALL, Estimate
 from inference.target import TargetConfig, stop_tokens, target_digest
+from inference.trees import Tree
 from pipelines.files import read_json
 from pipelines.progress import tracked
 from pipelines.publish import GOLDEN_FILE
@@ -105,7 +108,7 @@ def find_cause(
         max_new_tokens: longest answer; published answers were cut there too.
 
     Raises:
-        InputError: the draft does not fit the present target.
+        InputError: the draft does not fit the present target, or its tree and a target that cannot be captured.
     """
     words: list[str] = []
     moved: list[Change] = []
@@ -212,12 +215,20 @@ def _runs(
     request = Request(
         settings=SamplingSettings(temperature=0.0), max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(target)
     )
+    paths, rounds = settings.get(TREE_KEY), None
+    if paths is not None:
+        longest = max(int(prompt.tokens.shape[0]) for prompt in prompts) + max_new_tokens
+        tree = Tree.from_json(paths, where=PAIR_FILE)
+        rounds = captured_decoder(target, drafter, block=lookahead.longest, tokens=longest, tree=tree)
     found = []
     for prompt, then in zip(tracked(prompts, name, unit="prompts"), before, strict=True):
         if prompt.tokens.shape[0] >= target.context_limit:
             continue
-        source = TorchSource.seeded(0, device=target.device)
-        done = decode(target, drafter, prompt.tokens, request=request, lookahead=lookahead, generator=source)
+        if rounds is not None:
+            done = rounds.decode(prompt.tokens, request=request, seed=0)
+        else:
+            source = TorchSource.seeded(0, device=target.device)
+            done = decode(target, drafter, prompt.tokens, request=request, lookahead=lookahead, generator=source)
         if done.passes:
             found.append(_Run(prompt.domain, len(done.tokens), done.passes, then))
     return found

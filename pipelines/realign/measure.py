@@ -79,7 +79,9 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], op
     if opponent in plan.blocks:
         # Drafts are compared and not shapes of blocks: both propose as suits the opponent on this target.
         shape = plan.blocks[opponent]
-        own = dataclasses.replace(plan.blocks[CHALLENGER], tokens=shape.tokens, siblings=shape.siblings)
+        own = dataclasses.replace(
+            plan.blocks[CHALLENGER], tokens=shape.tokens, siblings=shape.siblings, tree=shape.tree
+        )
         plan.blocks[CHALLENGER] = own
     measured = plan.measured(context)
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from inference.pair_files import TREE_KEY
 from inference.statistics import BASELINE, OVERALL, find_card
 from inference.target import EMBEDDED
 from pipelines.advice import prompts_of
@@ -272,7 +273,7 @@ def lineage(contents: Contents) -> Table:
             if kind in known
         ),
         ["arithmetic", str(info["decoding"]["precision"])],
-        ["lookahead", plain_text(info["decoding"]["lookahead"])],
+        ["lookahead", plain_text(_without_paths(info["decoding"]["lookahead"]))],
         *(
             [f"training {key}", plain_text(value)]
             for key, value in info.get("training", {}).items()
@@ -284,6 +285,12 @@ def lineage(contents: Contents) -> Table:
         ["packages", _pairs(known.get("packages", {}))],
     ]
     return Table(["what", "value"], [row for row in rows if row[1]])
+
+
+def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a policy, of its tree the number of tokens alone."""
+    tree = settings.get(TREE_KEY)
+    return dict(settings) if tree is None else {**settings, TREE_KEY: len(tree)}
 
 
 def _pairs(data: Mapping[str, Any]) -> str:

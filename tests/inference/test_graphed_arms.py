@@ -31,6 +31,8 @@ from inference.prescore.ranking import prescore
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import Arm, ScorePrompt, score_prompt
+from inference.tree_choice import fastest_tree, weigh_trees
+from inference.trees import Continuations, Tree
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import plainly, prompt
@@ -128,6 +130,12 @@ def test_the_last_piece_of_a_long_prompt_stays_inside(length: int) -> None:
     assert given.tokens == plainly(target, None, prompt(length), request).tokens
 
 
+def test_capacity_has_room_for_a_tree(target: CausalModel, network: FeatureNetwork) -> None:
+    drafter, tree = FeatureDrafter(network), Tree.of([(rank,) for rank in range(7)])
+    without, wide = (captured_decoder(target, drafter, block=1, tokens=60, tree=each) for each in (None, tree))
+    assert (without.rounds.capacity, wide.rounds.capacity, wide.tree) == (64, 128, tree)
+
+
 # Prepared
 
 
@@ -196,6 +204,37 @@ def test_every_length_is_timed_once(
     assert len(asked) == network.block + 1, "shared with the decoders of other lengths"
     decoder.of_block(1).timed(1, sampled=True)
     assert asked[-1] == 1 and len(asked) == network.block + 2
+
+
+def test_trees_are_weighed_against_the_chain_by_what_their_rounds_take(
+    target: CausalModel, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Continuations()
+    # Of four anchors: the second likeliest token, and after it the likeliest; nothing after the others.
+    known.add([[1, 0], [-1, -1], [1, 0], [-1, -1]])
+    timed: list[tuple[int, Tree | None]] = []
+
+    def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
+        tree = None if rounds.plan is None else rounds.plan.tree
+        timed.append((rounds.block, tree))
+        assert not sampled
+        return RoundSeconds(1.0, 0.5, 0.5) if tree is None else RoundSeconds(0.5 * tree.size, 0.0, 0.0)
+
+    monkeypatch.setattr(decode_module, "round_seconds", seconds)
+    decoder = captured(target, network)
+    weighed = weigh_trees(decoder, known, tokens=1, sizes=[2, 1, 64], depth=2)
+    one, two = Tree.of([(1,)]), Tree.of([(1,), (1, 0)])
+    # Tokens of four: in four rounds by the chain, in two by the node that was seen, and no more by the one below it.
+    assert [(each.tree, each.tau, each.seconds) for each in weighed] == [
+        (Tree.chain(1), 1.0, 1.0),
+        (one, 2.0, 0.5),
+        (two, 2.0, 1.0),
+    ]
+    assert timed == [(1, None), (0, one), (0, two)]
+    assert fastest_tree(weighed) == one
+    nothing = Continuations()
+    nothing.add([[-1, -1]])
+    assert weigh_trees(decoder, nothing, tokens=1, sizes=[4], depth=2) == weighed[:1], "that is the chain"
 
 
 def test_rounds_are_timed_whole_and_by_part(target: CausalModel, network: FeatureNetwork) -> None:

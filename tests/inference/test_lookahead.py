@@ -422,6 +422,8 @@ def test_kinds_are_their_modules_names(module: object) -> None:
         ({"siblings_auto": -1}, "lookahead.siblings and lookahead.siblings_auto count tokens"),
         ({"tokens": 2, "siblings": [1, -1]}, "lookahead.siblings and lookahead.siblings_auto count tokens"),
         ({"tokens": 0, "siblings": [1]}, "set lookahead.tokens as well"),
+        ({"trees": [16, 0]}, r"lookahead.trees is \[16, 0\]; give sizes of at least 1"),
+        ({"tree_depth": 0}, "lookahead.tree_depth is 0; use at least 1"),
     ],
 )
 def test_lengths_out_of_range_are_refused(module: object, values: dict[str, int], message: str) -> None:

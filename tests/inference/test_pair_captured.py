@@ -29,6 +29,7 @@ from inference.parallel import ParallelModel
 from inference.request import Decoded, Request
 from inference.target import target_digest
 from inference.traffic import TrafficLog, read_traffic
+from inference.trees import Tree
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.pipelines.tiny import CONTEXT, write_model
 
@@ -286,6 +287,80 @@ def test_a_request_for_which_the_device_has_no_room_is_the_ordinary_decoders(
     strict = dataclasses.replace(pair, captured="on")
     with pytest.raises(InputError, match=r"no room for captured rounds of 256 tokens \[captured\]: use auto or off"):
         strict.generate("hi", max_new_tokens=200)
+
+
+# Trees
+
+BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+TREE: dict[str, Any] = {**FIXED, "tree": BUSHY.to_json()}
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_greedy_answers_by_a_tree_are_the_targets_own(
+    load: Callable[..., Pair], ordinary: list[Request], kind: str
+) -> None:
+    pair = load(kind, lookahead=TREE)
+    alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
+    for prompt, tokens in ((QUESTION, 40), ("x", 1), ("a longer question " * 6, 500)):
+        given = pair.generate(prompt, max_new_tokens=tokens).decoded
+        assert not ordinary and set(given.blocks) == {BUSHY.size}
+        assert given.tokens == alone.generate(prompt, max_new_tokens=tokens).decoded.tokens
+        ordinary.clear()
+    decoder = rounds_of(pair)._decoder
+    assert decoder is not None and {name[0] for name in decoder.rounds.programs.names} == {"prompt", "tree"}
+
+
+def test_sampled_answers_and_the_ordinary_decoders_go_by_the_chain(load: Callable[..., Pair]) -> None:
+    pair, chain = load("eagle3", lookahead=TREE), load("eagle3")
+    asked: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 20, "seed": 3}
+    given = pair.generate(QUESTION, **asked).decoded
+    assert set(given.blocks) == {BLOCK} and given.tokens == chain.generate(QUESTION, **asked).decoded.tokens
+    plain = uncaptured(pair).generate(QUESTION, max_new_tokens=20).decoded
+    assert max(plain.blocks) == BLOCK
+    assert plain.blocks == uncaptured(chain).generate(QUESTION, max_new_tokens=20).decoded.blocks
+
+
+def test_buffers_have_room_for_a_tree(load: Callable[..., Pair]) -> None:
+    wide = Tree.of([(rank,) for rank in range(7)] + [(rank, 0) for rank in range(7)])
+    pair = load("eagle3", lookahead={"kind": "fixed", "tokens": 1, "tree": wide.to_json()})
+    rounds, prompt = rounds_of(pair), int(pair.prompt_tokens("hi").shape[0])
+    alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
+    rooms = []
+    for total in (64, 65, 128, CONTEXT + 100):
+        given = pair.generate("hi", max_new_tokens=total - prompt).decoded
+        assert given.tokens == alone.generate("hi", max_new_tokens=total - prompt).decoded.tokens
+        rooms.append(rounds.room)
+    # As many tokens as a power of two, the 14 of a round, up to whole steps of 64 positions: 128, 192 and 384.
+    assert rooms == [114, 114, 178, 370]
+    assert [tree for tree, _ in rounds._timed] == [wide], "rounds are timed once, as greedy requests take them"
+
+
+def test_a_record_of_traffic_says_that_rounds_were_of_a_tree(load: Callable[..., Pair], tmp_path: Path) -> None:
+    pair, log = load("eagle3", lookahead=TREE), TrafficLog(tmp_path / "traffic")
+    for temperature in (0.0, 1.0):
+        pair.generate(QUESTION, temperature=temperature, max_new_tokens=20, traffic=log)
+    assert [record.tree for record in read_traffic(tmp_path / "traffic").records] == [BUSHY.size, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lookahead", "reason"),
+    [
+        ("eagle3", {**FIXED, "tree": []}, "the tree is off: a tree has nodes"),
+        ("eagle3", {**FIXED, "tree": [[0, 0]]}, "the tree is off: a path of a tree lacks a beginning"),
+        ("eagle3", {**FIXED, "tree": 3}, "the tree is off: "),
+        ("eagle3", {**FIXED, "tree": Tree.chain(99).to_json()}, "the tree is off: a tree of 99 levels"),
+        ("dspark", {**FIXED, "tree": [[9999]]}, "the tree is off: .* up to 10000 tokens after one"),
+        ("lookup", TREE, "the tree is off: this draft proposes no trees"),
+        ("eagle3", {"kind": "confidence", "tokens": 2, "threshold": 0.3, "tree": [[0]]}, "confidence has no tree"),
+    ],
+)
+@pytest.mark.parametrize("captured", ["on", "off"])
+def test_a_tree_that_cannot_be_proposed_is_one_line(
+    load: Callable[..., Pair], kind: str, lookahead: dict[str, Any], reason: str, captured: str
+) -> None:
+    with pytest.raises(InputError, match=rf"{reason}.* \[pair.json\]: publish the pair again") as caught:
+        load(kind, lookahead=lookahead, captured=captured)
+    assert "\n" not in str(caught.value)
 
 
 # What is left to the ordinary decoder, and refused

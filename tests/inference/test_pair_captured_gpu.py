@@ -1,6 +1,7 @@
 """On a GPU a pair goes by captured rounds by itself, with the ordinary decoder's greedy tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,16 +9,20 @@ import torch
 from inference.pair import load_pair
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
-from tests.inference.test_pair_captured import KINDS, QUESTION, made, uncaptured, watched, written
+from tests.inference.test_pair_captured import FIXED, KINDS, QUESTION, TREE, made, uncaptured, watched, written
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # exact is what is asked for here
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_rounds_are_captured_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "lookahead"), [*((kind, FIXED) for kind in KINDS), ("eagle3", TREE), ("dspark", TREE)]
+)
+def test_on_a_gpu_rounds_are_captured_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lookahead: dict[str, Any]
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    folder, ordinary = written(made(tmp_path / "models"), tmp_path, kind), watched(monkeypatch)
+    folder, ordinary = written(made(tmp_path / "models"), tmp_path, kind, lookahead), watched(monkeypatch)
     pair = load_pair(folder, device="cuda")
     for prompt, tokens in (("hi", 20), (QUESTION, 40), (QUESTION, 200), ("hi", 20)):
         pieces: list[str] = []

@@ -4,6 +4,7 @@ On the CPU the same rounds run uncaptured.
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,22 +13,27 @@ from typing import Any
 import pytest
 
 from inference import block_length
+from inference.block_length import BlockChoice
 from inference.decoder import decode
 from inference.drafters import Drafter
 from inference.drafters.feature import FeatureDrafter
 from inference.graphed import decode as decode_module
+from inference.graphed.arms import decoder_of_capacity
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.timing import RoundSeconds
 from inference.lookahead import Chances, Measured
-from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.fixed import FixedLookahead, tree_of
 from inference.lookahead.scheduled import Config as Scheduled
 from inference.lookahead.scheduled import ScheduledLookahead
 from inference.pair import load_lookahead, load_pair
 from inference.request import Decoded
 from inference.scoring import Arm
+from inference.tree_choice import WeighedTree, fastest_tree
+from inference.trees import Tree
 from pipelines import captured as captured_module
 from pipelines import publish, score, select
+from pipelines import verify as verify_module
 from pipelines.captured import captured_markdown, prepared
 from pipelines.score_plan import ScorePlan
 from pipelines.select import Decision, decide
@@ -51,6 +57,7 @@ DRAFTS = (
     "score.validation_prompts=1",
     "budget.score_prompts=1",
     "decode.max_new_tokens=12",
+    "lookahead.trees=[]",
 )
 ON = "score.captured=on"
 
@@ -93,10 +100,14 @@ def greedy(folder: Path) -> dict[tuple[str, str], str]:
     return {(prompt, arm): digest for (prompt, t, arm), digest in token_digests(folder).items() if t == 0.0}
 
 
-def fake_rounds(monkeypatch: pytest.MonkeyPatch, *, draft: float, rest: float = 0.0, target_only: float = 1.0) -> None:
-    """Rounds that take made-up times: a second, and for each token so much of drafting and of the rest."""
+def fake_rounds(
+    monkeypatch: pytest.MonkeyPatch, *, draft: float, rest: float = 0.0, target_only: float = 1.0, tree: float = 1.0
+) -> None:
+    """Rounds that take made-up times: a second, and for each token of a chain so much of drafting and of the rest."""
 
     def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
+        if rounds.plan is not None and not sampled:
+            return RoundSeconds(tree, 0.0, tree)
         if not rounds.block:
             return RoundSeconds(target_only, 0.0, target_only)
         drafting = rounds.block * draft
@@ -213,6 +224,110 @@ def test_a_length_that_was_chosen_for_another_draft_is_cut_to_what_there_is() ->
     assert prepared(SimpleNamespace(cfg=cfg), dataclasses.replace(arm, captured=None), 2) is None  # type: ignore[arg-type]
 
 
+def test_a_tree_for_another_draft_is_cut_to_what_there_is() -> None:
+    target = lean("llama", max_position_embeddings=256)
+    network = network_for(CONFIGS["dspark"], target)
+    cfg = SimpleNamespace(score=ScoreConfig(temperatures=[0.0], max_prompt_tokens=100))
+    arm = Arm("draft", target, FeatureDrafter(network), FixedLookahead(0), captured(target, network))
+    tree = Tree.chain(network.deepest + 3)
+    decoder = prepared(SimpleNamespace(cfg=cfg), arm, 1, tree)  # type: ignore[arg-type]
+    assert decoder is not None and decoder.tree == Tree.chain(network.deepest) and decoder.rounds.block == 1
+
+
+# Trees
+
+
+TREES = ("lookahead.trees=[2,70]", "lookahead.tree_depth=2", "decode.max_new_tokens=24")
+
+
+def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_rounds(monkeypatch, draft=0.0, tree=1e-3)
+    asked: list[str] = []
+    known = captured_module.continuations
+
+    def noted(decoder: Any, drafter: Any, prompts: Any, **named: Any) -> Any:
+        asked.extend(prompt.id for prompt in prompts)
+        return known(decoder, drafter, prompts, **named)
+
+    monkeypatch.setattr(captured_module, "continuations", noted)
+    programs: list[set[str]] = []
+    measure = score._measure
+
+    def measured(context: Any, arms: dict[str, Arm], *given: Any) -> None:
+        measure(context, arms, *given)
+        programs.extend(
+            {str(name[0]) for name in arm.captured.rounds.programs.names} for arm in arms.values() if arm.captured
+        )
+
+    monkeypatch.setattr(score, "_measure", measured)
+    folder, out = scored(place, ON, *TREES, "score.temperatures=[0.0,1.0]")
+    plan, data = read(folder / "score_plan.json"), read(folder / "scorecard.json")
+    assert asked and not set(asked) & set(plan["prompts"]), "never on held-out prompts"
+    assert ["tree" in names for names in programs] == [False, True, True], "of the baseline none"
+    page = (folder / "scorecard.md").read_text()
+    for name in ("dspark", "eagle3"):
+        tree = Tree.from_json(plan["blocks"][name]["tree"], where="score plan")
+        assert 1 <= tree.size <= 70 and tree.depth <= 2
+        rounds, tokens = data["captured_rounds"][name], data["blocks"][name]["tokens"]
+        assert (rounds["tree"], rounds["tokens"]) == (tree.to_json(), tokens)
+        # A request may fill the target's context of 320, and a round of 70 tokens lie beyond: whole steps of 64.
+        assert rounds["positions"] == 448
+        blocks = {
+            t: {b for r in records(folder) if (r["arm"], r["temperature"]) == (name, t) for b in r["blocks"]}
+            for t in (0.0, 1.0)
+        }
+        assert blocks == {0.0: {str(tree.size)}, 1.0: {str(tokens)}}
+        assert (
+            sum(f"{name}: greedy rounds propose the tree; the best tree has" in line for line in out.splitlines()) == 1
+        )
+        assert (
+            f"| {name} | tree of {tree.size} | {tree.depth} |" in page and f"{tokens} or a tree of {tree.size}" in page
+        )
+        weighed = plan["blocks"][name]["weighed"]
+        assert weighed[0]["tree"] == Tree.chain(tokens).to_json() and weighed[0]["seconds"] == 1.0
+        # What adaptive policies start from is about chains.
+        assert set(plan["captured"][name]["passes"]) == {str(1 + n) for n in range(BLOCK + 1)}
+    assert data["captured_rounds"]["none"]["tree"] is None
+    assert all(row["mismatch"] is None for row in records(folder))
+    answers = greedy(folder)
+    for prompt, arm in answers:
+        assert answers[prompt, arm] == answers[prompt, "none"]
+
+
+def test_a_tree_that_does_not_pay_is_not_taken(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_rounds(monkeypatch, draft=0.0, tree=1e3)
+    folder, out = scored(place, ON, *TREES, "score.temperatures=[0.0]")
+    for name in ("dspark", "eagle3"):
+        choice = read(folder / "score_plan.json")["blocks"][name]
+        assert choice["tree"] is None and choice["weighed"]
+        assert read(folder / "scorecard.json")["captured_rounds"][name]["tree"] is None
+        assert {b for r in records(folder) if r["arm"] == name for b in r["blocks"]} == {str(choice["tokens"])}
+        assert (
+            sum(f"{name}: greedy rounds propose the chain; the best tree has" in line for line in out.splitlines()) == 1
+        )
+
+
+def test_without_greedy_requests_no_tree_is_weighed(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weighing(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampled requests go by chains")
+
+    monkeypatch.setattr(captured_module, "continuations", weighing)
+    folder, _ = scored(place, ON, *TREES, "score.temperatures=[1.0]")
+    assert all(not choice["weighed"] for choice in read(folder / "score_plan.json")["blocks"].values())
+
+
+def test_a_plan_is_read_back_and_older_ones_too() -> None:
+    trees = [WeighedTree(Tree.chain(2), 1.5, 0.1), WeighedTree(Tree.of([(0,), (1,)]), 1.25, 0.05)]
+    choice = BlockChoice(2, [0.5], 0.0, [1.0], siblings=[1], tree=trees[1].tree, weighed=trees)
+    assert BlockChoice.from_json(json.loads(json.dumps(choice.to_json())), where="plan") == choice
+    older = {key: value for key, value in choice.to_json().items() if key not in ("tree", "weighed")}
+    assert BlockChoice.from_json(older, where="plan") == dataclasses.replace(choice, tree=None, weighed=[])
+    assert trees[1].rate == 25.0 and fastest_tree(trees) == trees[1].tree
+    assert fastest_tree(trees[:1]) is None and fastest_tree([trees[1], trees[0]]) is None
+
+
 # Published
 
 
@@ -265,6 +380,39 @@ def test_a_pair_names_the_policy_it_was_measured_with_and_keeps_what_others_need
     assert [went for check, went in faithful(pair, other) if check.temperature] == [False]
 
 
+def test_a_pair_has_the_tree_it_was_measured_with_and_decodes_by_it(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    won_by(monkeypatch, "eagle3")
+    fake_rounds(monkeypatch, draft=0.0, tree=1e-3)
+    folder, _ = published(place, ON, *TREES, "score.temperatures=[0.0,1.0]")
+    decoding = read(folder / "pair.json")["decoding"]
+    rounds = read(folder / "scorecard.json")["captured_rounds"]["eagle3"]
+    assert decoding["lookahead"]["tree"] == rounds["tree"] and decoding["lookahead"]["trees"] == [2, 70]
+    pair = load_pair(folder, cache=place.cache, captured="on")
+    tree = Tree.from_json(rounds["tree"], where="scorecard")
+    assert tree_of(pair.lookahead) == tree and pair.lookahead.longest == rounds["tokens"]
+    words = f"fixed lookahead of {rounds['tokens']}, trees of {tree.size} when greedy and captured"
+    assert words in (folder / "MODEL_CARD.md").read_text()
+    # The scored requests repeat by rounds of the tree and of as many positions.
+    made: list[GraphedDecoder] = []
+
+    def decoder(*given: Any, **named: Any) -> GraphedDecoder:
+        made.append(decoder_of_capacity(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(verify_module, "decoder_of_capacity", decoder)
+    checks = read_checks(folder)
+    assert all(went for _, went in faithful(pair, checks)) and {c.temperature for c in checks} == {0.0, 1.0}
+    assert [(own.tree, own.rounds.capacity) for own in made] == [(tree, rounds["positions"])]
+    assert {"tree", "round"} <= {name[0] for name in made[0].rounds.programs.names}
+    # And so do any others, token for token the target's own.
+    alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
+    given = pair.generate("why is the sky blue", max_new_tokens=30).decoded
+    assert set(given.blocks) == {tree.size}
+    assert given.tokens == alone.generate("why is the sky blue", max_new_tokens=30).decoded.tokens
+
+
 def test_a_pair_that_was_measured_without_captured_rounds_names_what_was_configured(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,11 +428,13 @@ def test_a_block_that_was_cut_to_what_the_draft_has_is_published_as_it_was_measu
     context: Any = SimpleNamespace(cfg=SimpleNamespace(lookahead=Scheduled(longest_auto=9)))
     scorecard = {
         "blocks": {"draft": {"tokens": 10, "siblings": [1]}, "lookup": {"tokens": 10, "siblings": [1]}},
-        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}},
+        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}, "tree": {"tokens": 4, "tree": [[0], [1]]}},
     }
     named = publish._lookahead(context, scorecard, "draft")
     assert (named["kind"], named["tokens"], named["siblings"], named["longest_auto"]) == ("fixed", 4, [], 9)
-    assert isinstance(load_lookahead(named), FixedLookahead)
+    assert isinstance(load_lookahead(named), FixedLookahead) and "tree" not in named
+    with_tree = load_lookahead(publish._lookahead(context, scorecard, "tree"))
+    assert with_tree.longest == 4 and tree_of(with_tree) == Tree.of([(0,), (1,)])
     as_configured = publish._lookahead(context, scorecard, "lookup")
     assert (as_configured["kind"], as_configured["tokens"], as_configured["siblings"]) == ("scheduled", 10, [1])
 
@@ -318,8 +468,14 @@ def test_captured_arms_are_calibrated_by_captured_rounds(place: Workplace, monke
 # Killed, and gone on
 
 
-def test_a_killed_score_goes_on_by_its_plan(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = scored(place, ON)
+@pytest.mark.parametrize("trees", [(), TREES])
+def test_a_killed_score_goes_on_by_its_plan(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, trees: tuple[str, ...]
+) -> None:
+    fake_rounds(monkeypatch, draft=0.0, tree=1e-3)
+    whole, _ = scored(place, ON, *trees)
+    plan = read(whole / "score_plan.json")
+    assert all((choice["tree"] is not None) == bool(trees) for n, choice in plan["blocks"].items() if n != "lookup")
     partial = whole.with_name(f".partial-{whole.name}")
     partial.mkdir()
     lines = (whole / "records.jsonl").read_bytes().splitlines(keepends=True)
@@ -333,7 +489,9 @@ def test_a_killed_score_goes_on_by_its_plan(place: Workplace, monkeypatch: pytes
         raise AssertionError("blocks are in the plan")
 
     monkeypatch.setattr("pipelines.score_plan.choose_block", chosen_anew)
-    again, _ = scored(place, ON)
+    monkeypatch.setattr("pipelines.score_plan.with_tree", chosen_anew)
+    again, _ = scored(place, ON, *trees)
+    assert read(again / "score_plan.json") == plan
     assert again == whole and token_digests(again) == digests
     assert (again / "records.jsonl").read_bytes().splitlines(keepends=True)[:8] == lines[:8]
     assert "## Captured rounds" in (again / "scorecard.md").read_text()

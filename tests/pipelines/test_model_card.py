@@ -25,7 +25,7 @@ def test_the_card_has_the_figures_the_advice_and_the_candidates(tmp_path: Path) 
     contents = read_contents(write_version(tmp_path))
     page = card(contents)
     assert page.startswith("# pair v1: fast draft for org/some-target\n\nChosen because: speedup ")
-    assert "12 held-out prompts (24 requests)" in page and "Some CPU" in page
+    assert "12 held-out prompts (24 requests). Decoding: fp32, fixed lookahead of 1.\n" in page and "Some CPU" in page
     assert re.findall("^## .*", page, flags=re.MULTILINE) == ["## Advice", "## All candidates", "## Use"]
     assert "- Over all domains: speculate at temperature 0 and 1. *(T=0: " in page
     assert "does not beat 1 |" in page, "why the other did not win"

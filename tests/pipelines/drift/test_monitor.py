@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,19 @@ from inference.traffic import TrafficRecord
 from pipelines.drift.config import DriftConfig
 from pipelines.drift.fingerprints import fingerprints
 from pipelines.drift.mix import LEARN, MixDetector
-from pipelines.drift.monitor import State, _lower_end, _t_quantile, alarms, interval, load, observe, save, stratum_name
+from pipelines.drift.monitor import (
+    State,
+    _lower_end,
+    _t_quantile,
+    alarms,
+    interval,
+    load,
+    observe,
+    references,
+    save,
+    stratum_name,
+)
+from tests.pipelines.test_decisions import Made, made
 
 CFG = DriftConfig()
 PUBLISHED = {"chat, greedy": 0.4, "code, greedy": 0.7}
@@ -46,6 +59,29 @@ def traffic(
         domain = "code" if rng.random() < code_share else "chat"
         mean = PUBLISHED[stratum_name(domain, 0.0)] - fall
         yield served(number, domain, min(1.0, max(0.0, rng.gauss(mean, 0.1))))
+
+
+def test_rounds_of_a_tree_are_not_compared_with_those_of_chains() -> None:
+    """A pair with a tree is served by both: more tokens stand at every depth of a tree."""
+    published = {"code, greedy by trees of 64": 0.9}
+    chains, trees = State("p/v1", "t"), State("p/v1", "t")
+    low = [served(number, "code", 0.5) for number in range(600)]
+    observe(chains, low, published, CFG)
+    assert alarms(chains) == [] and chains.unscored == {"code, greedy": 600}
+    observe(trees, [replace(record, tree=64) for record in low], published, CFG)
+    (alarm,) = alarms(trees)
+    assert alarm.where == "code, greedy by trees of 64"
+
+
+def test_what_was_published_of_trees_is_their_own() -> None:
+    by_tree = {"proposed": [10, 8, 6], "accepted": [8, 6, 3], "blocks": {"64": 10}}
+    records = [
+        record if record.temperature else replace(record, **by_tree)  # type: ignore[arg-type]
+        for record in made({"a": Made(2.0, 10.0)})
+    ]
+    found = references(records, "a")
+    assert {name for name in found if name.startswith("chat")} == {"chat, greedy by trees of 64", "chat, sampled"}
+    assert found["chat, greedy by trees of 64"] == pytest.approx(17 / 24)
 
 
 def test_a_fall_in_one_domain_is_noticed_there() -> None:
