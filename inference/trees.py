@@ -76,9 +76,15 @@ class Tree:
         """Rank of the least likely token asked for, and one: what the draft's vocabulary must hold."""
         return 1 + max(path[-1] for path in self.paths)
 
-    def cut(self, depth: int) -> "Tree":
-        """Its nodes down to some depth."""
-        return Tree(tuple(path for path in self.paths if len(path) <= depth))
+    def within(self, *, depth: int, children: int) -> "Tree | None":
+        """Its nodes down to some depth, of so many children of a node; None for no nodes.
+
+        Args:
+            depth: most tokens of a path.
+            children: ranks below this are kept.
+        """
+        paths = tuple(path for path in self.paths if len(path) <= depth and max(path) < children)
+        return Tree(paths) if paths else None
 
     def to_json(self) -> list[list[int]]:
         """For a file."""

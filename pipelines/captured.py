@@ -18,6 +18,7 @@ from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, capacity_for, decoder_of_capacity, longest_block
 from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import GraphedDecoder, follows
+from inference.graphed.rounds import fitting_tree
 from inference.graphed.timing import costs_of
 from inference.scoring import Arm, ScorePrompt
 from inference.tree_choice import continuations, fastest_tree, weigh_trees
@@ -142,13 +143,13 @@ def with_tree(
 
 def prepared(context: RunContext, arm: Arm, tokens: int, tree: Tree | None = None) -> GraphedDecoder | None:
     """The decoder of a captured arm with blocks of `tokens` tokens or what it has, and in greedy rounds a tree as far
-    down as it goes, all of it captured; None for an arm that is not captured. Asked for the same again, it is the
+    as it can propose it, all of it captured; None for an arm that is not captured. Asked for the same again, it is the
     same."""
     if arm.captured is None:
         return None
     cfg = context.cfg
     if tree is not None and isinstance(arm.drafter, FeatureDrafter):
-        tree = tree.cut(arm.drafter.network.deepest)
+        tree = fitting_tree(tree, arm.drafter.network)
     decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block), tree)
     longest = min(cfg.score.max_prompt_tokens, arm.target.context_limit - 1)
     decoder.prepare(longest_prompt=longest, sampled={t > 0.0 for t in cfg.score.temperatures})

@@ -152,8 +152,9 @@ class DraftAttention(nn.Module):
         self._joint: Product | None = None
 
     def join_weights(self) -> None:
-        """Let the three products of `projected` be one; see `inference.lean.as_one`."""
-        self._joint = as_one(self.q_proj, self.k_proj, self.v_proj)
+        """Let the three products of `projected` be one; see `inference.lean.as_one`. Once, as for lean layers."""
+        if self._joint is None:
+            self._joint = as_one(self.q_proj, self.k_proj, self.v_proj)
 
     def projected(self, states: Tensor, tables: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the same states, for passes of few tokens, where kernels count.
@@ -206,8 +207,9 @@ class DraftMLP(nn.Module):
         self._gated: Product | None = None
 
     def join_weights(self) -> None:
-        """Let the two products that read the same be one; see `inference.lean.as_one`."""
-        self._gated = as_one(self.gate_proj, self.up_proj)
+        """Let the two products that read the same be one; see `inference.lean.as_one`. Once, as for lean layers."""
+        if self._gated is None:
+            self._gated = as_one(self.gate_proj, self.up_proj)
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""

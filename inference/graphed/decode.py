@@ -164,7 +164,8 @@ class GraphedDecoder:
                 if not settings.greedy:
                     uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
                     rounds.uniforms.copy_(uniforms, non_blocking=True)
-                rounds.round(shown=rounds.shown(reached), sampled=not settings.greedy, recorded=recording is not None)
+                shown = rounds.shown(reached, sampled=not settings.greedy)
+                rounds.round(shown=shown, sampled=not settings.greedy, recorded=recording is not None)
                 look = next(look for look in self._looks if look not in waiting)
                 look.send(rounds, recorded=recording is not None)
                 waiting.append(look)

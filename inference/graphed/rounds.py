@@ -142,10 +142,11 @@ class Rounds:
         """Most tokens of a round that are proposed."""
         return max(self.block, 0 if self.plan is None else self.plan.tree.size)
 
-    def shown(self, longest: int) -> int:
+    def shown(self, longest: int, *, sampled: bool = False) -> int:
         """Positions that a round must read where the longest request holds so many before it: a power of two, so that
-        few graphs do; all of them where a graph takes a minute to compile."""
-        return self.capacity if self._compiled else min(_power_of_two(longest + self.width + 1), self.capacity)
+        few graphs do; all of them where a graph takes a minute to compile. Sampled rounds propose no tree."""
+        needed = longest + (self.block if sampled else self.width) + 1
+        return self.capacity if self._compiled else min(_power_of_two(needed), self.capacity)
 
     def begin(self, row: int, prompt: Tensor) -> None:
         """Put a request into a place: all of its prompt but the anchor is read.
@@ -210,7 +211,7 @@ class Rounds:
             blocks: block lengths; None for the longest, or the tree.
         """
         lengths: Sequence[int | None] = blocks or [None]
-        sizes = sorted({self.shown(longest) for longest in range(0, self.capacity, ALIGNMENT)})
+        sizes = sorted({self.shown(longest, sampled=sampled) for longest in range(0, self.capacity, ALIGNMENT)})
         for count, block, shown in itertools.product(places or [self.batch], lengths, sizes):
             self.round(shown=shown, sampled=sampled, places=count, block=block)
             self.reset()
@@ -477,18 +478,28 @@ class Rounds:
         return [self.anchors, self.lengths, self.active, *held]
 
 
+def fitting_tree(tree: Tree, network: FeatureNetwork) -> Tree | None:
+    """What a draft can propose of a tree; None for nothing."""
+    return tree.within(depth=network.deepest, children=_known_tokens(network))
+
+
 def check_tree(tree: Tree, network: FeatureNetwork) -> None:
     """Refuse a tree that a draft cannot propose.
 
     Raises:
         ValueError: it is too deep, or wants more tokens after one than the draft knows.
     """
-    known = network.shape.vocab if network.vocabulary is None else network.vocabulary.shape[0]
+    known = _known_tokens(network)
     if tree.depth > network.deepest or tree.most_children > known:
         raise ValueError(
             f"a tree of {tree.depth} levels and up to {tree.most_children} tokens after one; the draft goes on to "
             f"{network.deepest} tokens and knows {known}"
         )
+
+
+def _known_tokens(network: FeatureNetwork) -> int:
+    """Tokens of a draft's vocabulary."""
+    return network.shape.vocab if network.vocabulary is None else network.vocabulary.shape[0]
 
 
 def _power_of_two(needed: int) -> int:

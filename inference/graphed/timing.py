@@ -72,13 +72,13 @@ def round_seconds(rounds: Rounds, *, length: int, sampled: bool, by_part: bool =
     whole = replay_seconds(steady_round(rounds, length=length, sampled=sampled), device)
     if not by_part or not rounds.width:
         return RoundSeconds(whole, 0.0, whole)
-    parts = rounds.parts(shown=rounds.shown(length), sampled=sampled)
+    parts = rounds.parts(shown=rounds.shown(length, sampled=sampled), sampled=sampled)
     return RoundSeconds(whole, **{name: replay_seconds(part, device) for name, part in parts.items()})
 
 
 def steady_round(rounds: Rounds, *, length: int, sampled: bool) -> Callable[[], None]:
     """A round that finds the same context however often it runs."""
-    shown = rounds.shown(length)
+    shown = rounds.shown(length, sampled=sampled)
 
     def work() -> None:
         rounds.lengths.fill_(length)

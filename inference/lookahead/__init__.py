@@ -174,7 +174,7 @@ class BlockConfig:
     longest_auto: int = 8
     siblings: list[int] = field(default_factory=list)
     siblings_auto: int = 3
-    trees: list[int] = field(default_factory=lambda: [16, 32, 64])
+    trees: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
     tree_depth: int = 8
 
     def __post_init__(self) -> None:

@@ -56,7 +56,9 @@ def test_a_tree_is_its_paths() -> None:
     assert BUSHY.parents == [0, 0, 0, 1, 1, 2, 4, 4, 6]
     assert Tree.from_json(BUSHY.to_json(), where="pair.json") == BUSHY
     assert Tree.chain(2).paths == ((0,), (0, 0))
-    assert BUSHY.cut(1) == Tree.of([(0,), (1,), (2,)])
+    assert BUSHY.within(depth=1, children=9) == Tree.of([(0,), (1,), (2,)])
+    assert BUSHY.within(depth=9, children=1) == Tree.chain(3)
+    assert BUSHY.within(depth=9, children=9) == BUSHY and Tree.of([(1,)]).within(depth=1, children=1) is None
 
 
 @pytest.mark.parametrize("paths", [[], [(0, 0)], [()], [(-1,)], [(0,), (1, 0)]])
@@ -194,6 +196,23 @@ def test_a_tree_that_is_a_chain_takes_the_rounds_of_a_chain(target: CausalModel,
         tokens = prompt(length, seed=length)
         one, other = (decoder.decode(tokens, request=GREEDY, seed=0) for decoder in (chain, tree))
         assert (one.tokens, one.passes, one.accepted) == (other.tokens, other.passes, other.accepted)
+
+
+def test_joined_products_are_the_same(target: CausalModel, knowing: Any) -> None:
+    """As on a GPU, where rounds join them."""
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    tokens, answers = prompt(17, seed=17), []
+    for _ in range(2):
+        decoder = GraphedDecoder(Rounds(target, network, block=network.block, capacity=256, tree=BUSHY))
+        answers.append(decoder.decode(tokens, request=GREEDY, seed=0))
+        before = {name: tensor.clone() for name, tensor in network.own_tensors().items()}
+        network.join_weights()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.own_tensors().items())
+    assert (answers[0].tokens, answers[0].passes) == (answers[1].tokens, answers[1].passes)
+    attention = network.layer.self_attn  # type: ignore[attr-defined]
+    joint = attention._joint
+    network.join_weights()
+    assert joint is not None and attention._joint is joint, "what was captured goes on reading these"
 
 
 def test_requests_of_a_batch_do_not_touch_each_other(target: CausalModel, knowing: Any) -> None:

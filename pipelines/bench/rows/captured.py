@@ -56,7 +56,7 @@ class Config:
     kind: str = "captured"
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     blocks: list[int] = field(default_factory=lambda: [2, 3, 0])
-    trees: list[int] = field(default_factory=lambda: [16, 32, 64])
+    trees: list[int] = field(default_factory=lambda: [32, 64, 128])
     tree_depth: int = 8
     tree_prompts: int = 48
     capacity: int = 0
