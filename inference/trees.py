@@ -6,7 +6,9 @@ the node is worth: the best tree of n nodes is that of the n most frequent paths
 beginnings (as in Sequoia, Chen et al. 2024, section 3.1, but with paths counted instead of assumed independent).
 
 Greedy verification of a tree is exact: of a node's children one at most is the target's choice, so what is emitted is
-the target's own sequence whatever the tree is.
+the target's own sequence whatever the tree is. So is sampling by noise that is drawn beforehand, one set of numbers for
+each position: the target's draw is then a choice too, and the draft proposes what would win by the same numbers (Gumbel
+coupling; Daliri et al. 2024, arXiv 2408.07978).
 
 Letters in shapes: N nodes, W = N + 1 tokens of a pass, the anchor first; D depth; R requests.
 """

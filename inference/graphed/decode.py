@@ -87,12 +87,19 @@ class GraphedDecoder:
 
     def _proposed(self, sampled: bool) -> int | Tree:
         """What the decoder's own rounds propose."""
-        return self.rounds.block if sampled or self.tree is None else self.tree
+        plan = self.rounds.plan
+        return plan.tree if plan is not None and self.rounds.proposes_tree(sampled=sampled) else self.rounds.block
 
     def _rounds_of(self, block: int, tree: Tree | None) -> Rounds:
         own = self.rounds
-        network = own.network if block or tree else None
-        return Rounds(own.target.target, network, block=block, capacity=own.capacity, tree=tree)
+        return Rounds(
+            own.target.target,
+            own.network if block or tree else None,
+            block=block,
+            capacity=own.capacity,
+            tree=tree,
+            tree_when_sampled=own.tree_when_sampled,
+        )
 
     # Decoding
 
@@ -146,12 +153,14 @@ class GraphedDecoder:
         budget = min(request.max_new_tokens, limit - prompt.shape[0])
         result = Decoded()
         clock = Clock(result.seconds, prompt.device)
-        generator = torch.Generator().manual_seed(seed)
+        proposed = self.rounds.block if recording is not None else self._proposed(not settings.greedy)
+        tree = proposed if isinstance(proposed, Tree) else None
+        # Noise is drawn where it is used, the few uniform numbers of a chain here.
+        generator = torch.Generator("cpu" if tree is None else prompt.device).manual_seed(seed)
         with clock.part("prefill"):
             rounds.begin(0, prompt)
         if not settings.greedy:
             rounds.temperatures.fill_(settings.temperature)
-        tree = self.tree if settings.greedy and recording is None else None
         most = 1 + (rounds.block if tree is None else tree.depth)
         length, finished = prompt.shape[0] - 1, False
         waiting: deque[_Look] = deque()
@@ -161,7 +170,9 @@ class GraphedDecoder:
                 reached = length + most * len(waiting)
                 if waiting and (recording is not None or not self._goes_on(result, budget, len(waiting), reached)):
                     break
-                if not settings.greedy:
+                if not settings.greedy and tree is not None and rounds.noise is not None:
+                    rounds.noise.exponential_(generator=generator)
+                elif not settings.greedy:
                     uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
                     rounds.uniforms.copy_(uniforms, non_blocking=True)
                 shown = rounds.shown(reached, sampled=not settings.greedy)

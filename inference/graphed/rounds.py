@@ -51,13 +51,19 @@ class Rounds:
         top_k: of sampled rounds, see `SamplingSettings`.
         top_p: likewise.
         tree: what greedy rounds propose that are asked for no block of their own; None for a chain of G tokens.
+        tree_when_sampled: whether sampled rounds propose it too, by noise that target and draft share; see `noise`.
 
     Attributes:
         anchors: int64 `[B]`, the last token of each request.
         lengths: int64 `[B]`, tokens before it.
         active: int64 `[B]`, 1, and 0 of places without a request: those are ballast and stay at length 0.
         temperatures: fp32 `[B]`; read by sampled rounds.
-        uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it.
+        uniforms: fp64 `[B, 2 G + 1]`, in [0, 1): for drawing the block, for accepting it, for the token after it; of
+            sampled rounds that propose a chain.
+        noise: fp64 `[B, D + 1, V]`, standard exponential numbers, for each token that a sampled round with a tree may
+            emit: the target's token is the one whose chance over its number is largest, which is a draw by its chances
+            (Gumbel-max), and the draft proposes the tokens that would be likeliest to win by its own chances. None
+            where no such round is asked for.
         emitted: int64 `[B, longest + 2]`, what the last round emitted, then, in the last column, how many of them stand
             for emitted tokens.
         signals: fp64 `[B, G, 2]`, what was known of each token of the last recorded block before it was drawn; see
@@ -84,6 +90,7 @@ class Rounds:
         top_k: int = 0,
         top_p: float = 1.0,
         tree: Tree | None = None,
+        tree_when_sampled: bool = False,
     ) -> None:
         if network is None and (block or tree):
             raise ValueError("without a draft nothing is proposed")
@@ -103,6 +110,9 @@ class Rounds:
         if tree is not None and network is not None:
             check_tree(tree, network)
         self.plan = None if tree is None else TreePlan(tree, device)
+        self.tree_when_sampled = tree_when_sampled and tree is not None
+        noise = (batch, 1 + (tree.depth if tree else 0), target.vocab_size)
+        self.noise = torch.ones(noise, dtype=torch.float64, device=device) if self.tree_when_sampled else None
         self.context = (
             None
             if network is None
@@ -142,10 +152,14 @@ class Rounds:
         """Most tokens of a round that are proposed."""
         return max(self.block, 0 if self.plan is None else self.plan.tree.size)
 
+    def proposes_tree(self, *, sampled: bool) -> bool:
+        """Whether rounds propose the tree that are asked for no block of their own."""
+        return self.plan is not None and (self.tree_when_sampled or not sampled)
+
     def shown(self, longest: int, *, sampled: bool = False) -> int:
         """Positions that a round must read where the longest request holds so many before it: a power of two, so that
-        few graphs do; all of them where a graph takes a minute to compile. Sampled rounds propose no tree."""
-        needed = longest + (self.block if sampled else self.width) + 1
+        few graphs do; all of them where a graph takes a minute to compile."""
+        needed = longest + (self.width if self.proposes_tree(sampled=sampled) else self.block) + 1
         return self.capacity if self._compiled else min(_power_of_two(needed), self.capacity)
 
     def begin(self, row: int, prompt: Tensor) -> None:
@@ -256,14 +270,16 @@ class Rounds:
             shown: at least what any request holds after it; see the method of that name.
             sampled: by `temperatures` and `uniforms`.
             places: of the first so many requests; None for all.
-            block: tokens proposed; None for the longest block, or for the tree where there is one and the round is
-                greedy and not recorded.
+            block: tokens proposed; None for the longest block, or for the tree where there is one for such rounds and
+                they are not recorded.
             recorded: also note `signals`, in a program of its own.
         """
         count = self.batch if places is None else places
-        if self.plan is not None and block is None and not sampled and not recorded:
+        if self.plan is not None and self.proposes_tree(sampled=sampled) and block is None and not recorded:
             self.programs.run(
-                ("tree", count, shown), functools.partial(self._tree_round, self.plan, count, shown), compiled=True
+                ("tree", count, shown, int(sampled)),
+                functools.partial(self._tree_round, self.plan, count, shown, sampled),
+                compiled=True,
             )
             return
         length = self.block if block is None else block
@@ -275,7 +291,7 @@ class Rounds:
 
     def parts(self, *, shown: int, sampled: bool) -> dict[str, Callable[[], None]]:
         """The parts of a round, captured apart, for who times them; they leave the round's state in disorder."""
-        plan = None if sampled else self.plan
+        plan = self.plan if self.proposes_tree(sampled=sampled) else None
         width = 1 + (self.block if plan is None else plan.tree.size)
         block = self.anchors[:, None].expand(-1, width).contiguous()
 
@@ -283,7 +299,7 @@ class Rounds:
             if plan is None:
                 self._draft(self.batch, self.block, shown, sampled, recorded=False)
             else:
-                self._draft_tree(plan, self.batch, shown)
+                self._draft_tree(plan, self.batch, shown, sampled)
 
         def verify() -> None:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown, tree=plan)[0])
@@ -306,11 +322,16 @@ class Rounds:
             emitted, stood = accept_greedy(tokens, logits.argmax(-1))
         self._go_on(emitted, stood, features)
 
-    def _tree_round(self, plan: TreePlan, places: int, shown: int) -> None:
-        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown)], dim=1)
+    def _tree_round(self, plan: TreePlan, places: int, shown: int, sampled: bool) -> None:
+        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown, sampled)], dim=1)
         lengths = self.lengths[:places]
         states, features = self.target.run(ids, lengths, None, shown=shown, tree=plan)
-        emitted, stood, ways = accept_tree(ids, self.target.logits(states).argmax(-1), plan)
+        rows = self.target.logits(states)
+        if sampled:
+            # Tokens of one depth share their noise: whichever of them stands, no other token is drawn by it.
+            rows = self._processed(rows, self.temperatures[:places, None, None])
+            rows = rows - self._log_noise(places)[:, plan.depths]
+        emitted, stood, ways = accept_tree(ids, rows.argmax(-1), plan)
         self.target.keep(ways, lengths)
         self._go_on(emitted, stood, features[self._every[:places, None], ways])
 
@@ -365,7 +386,12 @@ class Rounds:
             tokens.append(previous)
         return torch.stack(tokens, dim=1), rows
 
-    def _draft_tree(self, plan: TreePlan, places: int, shown: int) -> Tensor:
+    def _log_noise(self, places: int) -> Tensor:
+        """Logarithms of the noise, fp32 `[B, D + 1, V]`."""
+        assert self.noise is not None, "a sampled round with a tree has noise"
+        return self.noise[:places].log().float()
+
+    def _draft_tree(self, plan: TreePlan, places: int, shown: int, sampled: bool) -> Tensor:
         """The nodes' tokens, int64 `[B, N]`, by depth."""
         network, context, anchors = self.network, self.context, self.anchors[:places]
         assert network is not None and context is not None, "a tree is drafted"
@@ -373,10 +399,15 @@ class Rounds:
         context.drafting(places)
         context.branching()
         block, tokens = network.begin_tree(anchors, context, plan.tree.depth), anchors[:, None]
+        noise = self._log_noise(places) if sampled else None
+        if noise is not None and network.vocabulary is not None:
+            noise = noise[:, :, network.vocabulary]
         levels = []
         for level in plan.levels:
             inner = tokens if level.among is None else tokens.index_select(1, level.among)
             rows = network.branch(block, level, inner)
+            if noise is not None:
+                rows = self._processed(rows, self.temperatures[:places, None, None]) - noise[:, level.depth, None]
             index = likeliest(rows, level.children).flatten(1)
             if level.taken is not None:
                 index = index.index_select(1, level.taken)

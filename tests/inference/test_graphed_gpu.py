@@ -24,7 +24,7 @@ from inference.trees import Tree
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import near, plainly, prompt
-from tests.inference.test_trees import BUSHY
+from tests.inference.test_trees import BUSHY, replayed
 
 pytestmark = pytest.mark.gpu
 # More than a hundred nodes, as a measured tree has.
@@ -77,6 +77,16 @@ def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: st
         assert given.tokens == plainly(exact, None, tokens.cuda(), GREEDY).tokens
         # Nor does the device propose other tokens than a CPU.
         assert given.passes == same.decode(tokens, request=GREEDY, seed=0).passes
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_sampled_trees_emit_the_targets_draws_by_their_noise(exact: CausalModel, kind: str, compiled: bool) -> None:
+    network = network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
+    network.bind(exact)
+    rounds = Rounds(exact, network, block=0, capacity=256, compiled=compiled, tree=WIDE, tree_when_sampled=True)
+    assert sum(replayed(exact, rounds, prompt(20).cuda(), temperature=1.0, seed=1)) > 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 worth what the choice says."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from inference.graphed.acceptance import accept_tree
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.lean import use_lean_layers
+from inference.lookahead import RecordingLookahead
 from inference.model import CausalModel
 from inference.prescore.responses import fixed_response
 from inference.request import Request
@@ -25,7 +27,7 @@ from inference.scoring import ScorePrompt
 from inference.trees import Continuations, Level, Tree, TreePlan
 from tests.inference.families import VOCAB, family_model
 from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
-from tests.inference.test_graphed import plainly, prompt
+from tests.inference.test_graphed import misfit, plainly, prompt, target_law
 
 KINDS = ("dflash", "dspark", "dspark-gated", "dspark-rnn", "eagle3")
 BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3), (1, 0, 0)])
@@ -274,6 +276,96 @@ def test_a_mask_that_shows_siblings_leaves_the_targets_tokens(target: CausalMode
     assert GraphedDecoder(rounds).decode(tokens, request=GREEDY, seed=0).tokens != wanted
 
 
+# Sampled, by noise that target and draft share
+
+
+def replayed(target: CausalModel, rounds: Rounds, tokens: torch.Tensor, *, temperature: float, seed: int) -> list[int]:
+    """How many tokens each of some rounds emitted, all of which are what the target draws by the round's noise."""
+    assert rounds.noise is not None and rounds.plan is not None
+    rounds.reset()
+    rounds.begin(0, tokens)
+    rounds.temperatures.fill_(temperature)
+    generator, answer, counts = torch.Generator(tokens.device).manual_seed(seed), tokens, []
+    for _ in range(8):
+        rounds.noise.exponential_(generator=generator)
+        rounds.round(shown=256, sampled=True)
+        *emitted, count = rounds.emitted[0].tolist()
+        for depth, token in enumerate(emitted[:count]):
+            row = target.logits(answer, target.new_cache(), num_rows=1)[0].double() / temperature
+            wanted = int((torch.log_softmax(row, -1) - rounds.noise[0, depth].log()).argmax())
+            assert token == wanted
+            answer = torch.cat([answer, answer.new_tensor([token])])
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sampled_token_is_the_targets_draw_by_its_own_noise(
+    target: CausalModel, knowing: Any, kind: str, reduced: bool, tree: str
+) -> None:
+    network = knowing(network_for(CONFIGS[kind], target, REDUCED if reduced else None))
+    rounds = Rounds(target, network, block=network.block, capacity=256, tree=TREES[tree], tree_when_sampled=True)
+    for length, temperature in ((2, 1.0), (17, 0.3)):
+        replayed(target, rounds, prompt(length, seed=length), temperature=temperature, seed=length)
+
+
+BROAD = Tree.of([(rank,) for rank in range(20)] + [(rank, other) for rank in range(6) for other in range(8)])
+
+
+def test_much_of_a_sampled_tree_stands(target: CausalModel) -> None:
+    network = network_for(CONFIGS["eagle3"], target)
+    rounds = Rounds(target, network, block=network.block, capacity=256, tree=BROAD, tree_when_sampled=True)
+    counts = replayed(target, rounds, prompt(17), temperature=1.0, seed=1)
+    assert sum(counts) > 1.5 * len(counts)
+
+
+def first_answers(rounds: Rounds, places: int, temperature: float, draws: int, *, mutant: bool) -> Counter[Any]:
+    """How often each answer of two tokens comes out, over many places of one batch."""
+    assert rounds.context is not None and rounds.noise is not None
+    rounds.temperatures.fill_(temperature)
+    generator, counts = torch.Generator().manual_seed(9), Counter[Any]()
+    rounds.begin_all(range(places), [prompt(4, seed=8).tolist()] * places)
+    state = [(t, t.clone()) for t in (rounds.anchors, rounds.lengths, rounds.context.held, rounds.context.last)]
+    for _ in range(draws):
+        for tensor, before in state:
+            tensor.copy_(before)
+        answers: list[list[int]] = [[] for _ in range(places)]
+        while min(len(answer) for answer in answers) < 2:
+            rounds.noise.exponential_(generator=generator)
+            if mutant:
+                rounds.noise.copy_(rounds.noise[:, :1].expand_as(rounds.noise).clone())
+            rounds.round(shown=64, sampled=True)
+            for row, numbers in enumerate(rounds.emitted.tolist()):
+                answers[row] += numbers[: numbers[-1]]
+        counts.update(tuple(answer[:2]) for answer in answers)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_sampled_trees_follow_the_targets_law(target: CausalModel, kind: str) -> None:
+    network = network_for(CONFIGS[kind], target)
+    places, draws, temperature = 256, 16, 0.4
+    rounds = Rounds(target, network, block=0, batch=places, capacity=128, tree=BROAD, tree_when_sampled=True)
+    law = target_law(target, temperature)
+    assert misfit(first_answers(rounds, places, temperature, draws, mutant=False), law) < 4.0
+    # Noise that two positions share makes their tokens hang together.
+    assert misfit(first_answers(rounds, places, temperature, draws, mutant=True), law) > 8.0
+
+
+def test_one_seed_gives_one_sampled_answer(target: CausalModel, knowing: Any) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    made = [Rounds(target, network, block=0, capacity=256, tree=BUSHY, tree_when_sampled=True) for _ in range(2)]
+    decoders = [GraphedDecoder(rounds, ahead=ahead) for ahead, rounds in enumerate(made)]
+    request = Request(settings=SamplingSettings(temperature=0.7), max_new_tokens=24)
+    answers = [d.decode(prompt(17), request=request, seed=seed).tokens for d in decoders for seed in (5, 6)]
+    assert answers[0] == answers[2] and answers[1] == answers[3] and answers[0] != answers[1]
+    # Greedy requests in between leave no trace, nor do truncations of the settings' own.
+    decoders[0].decode(prompt(30), request=GREEDY, seed=0)
+    assert decoders[0].decode(prompt(17), request=request, seed=5).tokens == answers[0]
+
+
 def test_sampled_and_recorded_rounds_go_by_the_chain(target: CausalModel) -> None:
     network = network_for(CONFIGS["eagle3"], target)
     rounds = Rounds(target, network, block=network.block, capacity=256, tree=BUSHY)
@@ -284,6 +376,13 @@ def test_sampled_and_recorded_rounds_go_by_the_chain(target: CausalModel) -> Non
     assert {name[0] for name in rounds.programs.names} == {"prompt", "round"}
     decoder.decode(prompt(20), request=GREEDY, seed=3)
     assert "tree" in {name[0] for name in rounds.programs.names}
+    # Unless noise is asked for, and then not while recording, which is of chains.
+    noisy = Rounds(target, network, block=network.block, capacity=256, tree=BUSHY, tree_when_sampled=True)
+    decoder = GraphedDecoder(noisy)
+    decoder.decode(prompt(20), request=request, seed=3)
+    assert {name[0] for name in noisy.programs.names} == {"prompt", "tree"}
+    recorded = decoder.decode(prompt(20), request=request, seed=3, recording=RecordingLookahead(network.block))
+    assert recorded.tokens == one.tokens
 
 
 def test_trees_that_a_draft_cannot_propose_are_refused(target: CausalModel) -> None:

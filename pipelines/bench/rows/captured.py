@@ -1,8 +1,8 @@
 """Rounds captured as graphs on a GPU: a feature draft against target-only decoding captured with the same care.
 
 Both arms replay one graph a round and look once, at what it emitted. Every block length is an arm of its own, and so is
-every tree, which greedy requests alone go by; trees are chosen on training questions. The goal is held against the last
-arm.
+every tree, greedy and sampled; trees are chosen on training questions by greedy answers. The goal is held against the
+last arm.
 """
 
 import itertools
@@ -82,7 +82,15 @@ class Config:
         def arm_of(name: str, block: int, tree: Tree | None = None) -> Arm:
             """Captured; the draft's own drafter gives its name and bytes."""
             own = network if block or tree else None
-            rounds = Rounds(target, own, block=block, capacity=capacity, compiled=self.compiled, tree=tree)
+            rounds = Rounds(
+                target,
+                own,
+                block=block,
+                capacity=capacity,
+                compiled=self.compiled,
+                tree=tree,
+                tree_when_sampled=True,
+            )
             drafter = NoDrafter() if own is None else FeatureDrafter(own)
             return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
 
@@ -92,15 +100,15 @@ class Config:
             arms.append(arm_of(f"tree-{tree.size}", 0, tree))
             notes.append(f"{arms[-1].name}: {tree.depth} levels, tau {expected:.2f} on training questions")
         for temperature in self.temperatures:
-            for arm in _at(arms, temperature):
+            for arm in arms:
                 assert arm.captured is not None, "all arms are captured"
                 arm.captured.prepare(longest_prompt=longest_prompt, sampled=[temperature > 0.0])
         for prompt in prompts[:2]:
-            self._scored(bench, arms, prompt)
+            bench.scored(arms, prompt, self.temperatures)
         records = [
             record
             for prompt in tracked(prompts, self.kind, unit="prompts")
-            for record in self._scored(bench, arms, prompt)
+            for record in bench.scored(arms, prompt, self.temperatures)
         ]
         figures = self._speedups(records, arms, seed=bench.options.seed)
         notes += self._mismatches(records)
@@ -114,8 +122,7 @@ class Config:
 
     def _questions(self, bench: Bench) -> list[ScorePrompt]:
         """What trees are chosen on; none where no tree is wanted."""
-        wanted = self.trees and 0.0 in self.temperatures
-        return bench.training_prompts(self.tree_prompts) if wanted else []
+        return bench.training_prompts(self.tree_prompts) if self.trees else []
 
     def _trees(
         self, bench: Bench, questions: list[ScorePrompt], baseline: Arm, network: FeatureNetwork
@@ -136,17 +143,12 @@ class Config:
         trees = [known.best(size, depth=depth) for size in sorted(self.trees)]
         return [(tree, known.tau(tree)) for tree in dict.fromkeys(trees)]
 
-    def _scored(self, bench: Bench, arms: list[Arm], prompt: ScorePrompt) -> list[Record]:
-        return [record for t in self.temperatures for record in bench.scored(_at(arms, t), prompt, [t])]
-
     def _speedups(self, records: list[Record], arms: list[Arm], *, seed: int) -> list[Figure]:
         """Of every block length at every temperature, with what they were by domain; and the greedy answers."""
         cards = scorecards(records, seed=seed)
         domains = sorted({record.domain for record in records})
         figures = []
         for arm, temperature in itertools.product(arms[1:], self.temperatures):
-            if arm not in _at(arms, temperature):
-                continue
             card = find_card(cards, arm.name, temperature=temperature)
             apart = {d: find_card(cards, arm.name, domain=d, temperature=temperature) for d in domains}
             detail = {
@@ -194,11 +196,6 @@ class Config:
             seconds |= {"draft": timed.draft, "verify": timed.verify, "rest": rest}
         whole = steady_round(rounds, length=context_tokens, sampled=False)
         return seconds, _kernels(whole, self.profile) if self.profile else "no profile"
-
-
-def _at(arms: list[Arm], temperature: float) -> list[Arm]:
-    """The arms that go by what they are named for at a temperature."""
-    return [arm for arm in arms if temperature == 0.0 or arm.captured is None or arm.captured.tree is None]
 
 
 def _kernels(work: Callable[[], None], count: int) -> str:
