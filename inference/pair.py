@@ -25,7 +25,6 @@ from inference.errors import InputError
 from inference.graphed.arms import can_be_captured
 from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_OFF
 from inference.graphed.growing import GrowingDecoder, growing_decoder
-from inference.graphed.rounds import check_tree
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead, tree_of
 from inference.model import CausalModel
@@ -298,7 +297,7 @@ def _check_tree(lookahead: Lookahead, drafter: Drafter) -> None:
     try:
         if not isinstance(drafter, FeatureDrafter) or not can_be_captured(drafter):
             raise ValueError("this draft proposes no trees")
-        check_tree(tree, drafter.network)
+        drafter.network.check_tree(tree)
     except ValueError as error:
         raise InputError(f"the tree is off: {error}", where=PAIR_FILE, mend="publish the pair again") from None
 

@@ -18,7 +18,6 @@ from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, capacity_for, decoder_of_capacity, longest_block
 from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import GraphedDecoder, follows
-from inference.graphed.rounds import fitting_tree
 from inference.graphed.timing import costs_of
 from inference.scoring import Arm, ScorePrompt
 from inference.tree_choice import continuations, fastest_tree, weigh_trees
@@ -149,7 +148,7 @@ def prepared(context: RunContext, arm: Arm, tokens: int, tree: Tree | None = Non
         return None
     cfg = context.cfg
     if tree is not None and isinstance(arm.drafter, FeatureDrafter):
-        tree = fitting_tree(tree, arm.drafter.network)
+        tree = arm.drafter.network.fitting_tree(tree)
     decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block), tree)
     longest = min(cfg.score.max_prompt_tokens, arm.target.context_limit - 1)
     decoder.prepare(longest_prompt=longest, sampled={t > 0.0 for t in cfg.score.temperatures})

@@ -14,7 +14,7 @@ from inference.drafters import Ask, LoadContext, Proposal
 from inference.drafters._token import draw_token, plain, row_signals
 from inference.feature_networks import FeatureNetwork, PackedBatch, Step
 from inference.feature_networks._checkpoint import load_network
-from inference.feature_networks._layers import DraftContext
+from inference.feature_networks._contexts import DraftContext
 from inference.lookahead import Lookahead, Signals, Visible
 from inference.precision import model_nbytes
 from inference.prescore.rehearsal import FixedResponse, Table

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from inference.feature_drafts import FeatureDraftConfig
-from inference.feature_networks._layers import DraftCache, DraftContext, DraftShape, TreeContext
+from inference.feature_networks._contexts import DraftCache, DraftContext, TreeContext
+from inference.feature_networks._layers import DraftShape
 from inference.layers import LayerNotLoaded
 from inference.model import CausalModel
 from inference.taps import EMBEDDING, check_taps
-from inference.trees import Level
+from inference.trees import Level, Tree
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,27 @@ class FeatureNetwork(nn.Module):
     def deepest(self) -> int:
         """Tokens of the longest path of a tree that this network can draft; see `branch`."""
         return self.block
+
+    @property
+    def known_tokens(self) -> int:
+        """Vd, tokens that it can propose."""
+        return self.shape.vocab if self.vocabulary is None else self.vocabulary.shape[0]
+
+    def fitting_tree(self, tree: Tree) -> Tree | None:
+        """What it can draft of a tree; None for nothing."""
+        return tree.within(depth=self.deepest, children=self.known_tokens)
+
+    def check_tree(self, tree: Tree) -> None:
+        """Refuse a tree that it cannot draft.
+
+        Raises:
+            ValueError: too deep, or more tokens after one than it knows.
+        """
+        if self.fitting_tree(tree) != tree:
+            raise ValueError(
+                f"a tree of {tree.depth} levels and up to {tree.most_children} tokens after one; the draft goes on to "
+                f"{self.deepest} tokens and knows {self.known_tokens}"
+            )
 
     def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> Any:
         """As `begin_block`, for trees of so many levels."""

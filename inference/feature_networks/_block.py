@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from inference.feature_drafts._block import TOKEN, BlockConfig
 from inference.feature_networks import FeatureNetwork, PackedBatch
+from inference.feature_networks._contexts import DraftContext
 from inference.feature_networks._layers import (
-    DraftContext,
     DraftLayer,
     DraftShape,
     KeysValues,

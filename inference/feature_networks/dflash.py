@@ -8,7 +8,8 @@ from torch import Tensor
 from inference.feature_drafts.dflash import Config
 from inference.feature_networks import PackedBatch, SlotHead, Step
 from inference.feature_networks._block import BlockNetwork
-from inference.feature_networks._layers import DraftContext, DraftShape
+from inference.feature_networks._contexts import DraftContext
+from inference.feature_networks._layers import DraftShape
 from inference.trees import Level
 
 

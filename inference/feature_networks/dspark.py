@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from inference.feature_drafts.dspark import Config
 from inference.feature_networks import PackedBatch, SlotHead, Step
 from inference.feature_networks._block import BlockNetwork
-from inference.feature_networks._layers import DraftContext, DraftShape, TreeContext
+from inference.feature_networks._contexts import DraftContext, TreeContext
+from inference.feature_networks._layers import DraftShape
 from inference.trees import Level
 
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from inference.feature_drafts.eagle3 import Config
 from inference.feature_networks import FeatureNetwork, PackedBatch, SlotHead, Step
+from inference.feature_networks._contexts import DraftContext, TreeContext
 from inference.feature_networks._layers import (
     DraftAttention,
-    DraftContext,
     DraftMLP,
     DraftShape,
     Norm,
     Rope,
-    TreeContext,
     attend,
     plain_norm,
     same_parts,

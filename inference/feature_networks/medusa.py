@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from inference.feature_drafts.medusa import Config
 from inference.feature_networks import FeatureNetwork, PackedBatch, SlotHead, Step
-from inference.feature_networks._layers import DraftContext, DraftShape, Norm
+from inference.feature_networks._contexts import DraftContext
+from inference.feature_networks._layers import DraftShape, Norm
 from inference.model import CausalModel
 
 _PROBE_TOKENS = 64

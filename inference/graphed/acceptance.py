@@ -72,9 +72,8 @@ def accept_sampled(
     own = tokens if vocabulary is None else torch.searchsorted(vocabulary, tokens)
     chance = probs[:, :block].gather(2, tokens[..., None])[..., 0] / drafted.gather(2, own[..., None])[..., 0]
     stood = (accepting < chance).long().cumprod(1).sum(1)
-    every = torch.arange(count, device=tokens.device)
-    row = probs[every, stood]
-    taken = drafted[every, stood.clamp(max=block - 1)] * (stood < block)[:, None]
+    row = _row_of(probs, stood)
+    taken = _row_of(drafted, stood.clamp(max=block - 1)) * (stood < block)[:, None]
     left = row.clone()
     if vocabulary is None:
         left -= taken
@@ -85,3 +84,8 @@ def accept_sampled(
     positions = torch.arange(block + 1, device=tokens.device)
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
     return torch.where(positions < stood[:, None], padded, token[:, None]), stood
+
+
+def _row_of(rows: Tensor, slots: Tensor) -> Tensor:
+    """One row `[V]` of each request, `[B, V]`, of `[B, n, V]` by int64 `[B]`."""
+    return rows.gather(1, slots[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]

@@ -95,23 +95,5 @@ def decoder_of_capacity(
     """
     if not can_be_captured(drafter):
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
-    _check_windows(target, capacity)
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
     return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity, tree=tree), timed=timed)
-
-
-def _check_windows(target: CausalModel, capacity: int) -> None:
-    """Refuse a target whose layers see the last positions only, where requests outgrow that.
-
-    Raises:
-        InputError: they do.
-    """
-    text = target.model.config.get_text_config(decoder=True).to_dict()
-    kinds = set(text.get("layer_types") or ())
-    window = text.get("sliding_window") if kinds != {"full_attention"} else None
-    if kinds - {"full_attention", "sliding_attention"} or (window and window < capacity):
-        raise InputError(
-            f"this target's layers see {window or 'parts'} of {capacity} positions, captured rounds all of them",
-            where="target",
-            mend="decode without captured rounds",
-        )

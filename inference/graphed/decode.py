@@ -2,7 +2,7 @@
 the next one on its way."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -21,8 +21,8 @@ Timed = dict[tuple[int | Tree, bool], RoundSeconds]
 
 # As in the device profile.
 _TIMED_CONTEXT_TOKENS = 128
-# Rounds on their way behind the one that is looked at: to launch one takes the host a good part of what it takes the
-# device. One behind the last of a request is for nothing.
+# Rounds on their way behind the one that is looked at, so that the device does not wait while the host looks and
+# launches. One behind the last of a request is for nothing.
 _AHEAD = 1
 
 
@@ -56,7 +56,7 @@ class GraphedDecoder:
 
     @property
     def tree(self) -> Tree | None:
-        """What greedy rounds propose, if not a chain."""
+        """What rounds propose in place of a chain, greedy ones and, where noise is asked for, sampled ones."""
         return None if self.rounds.plan is None else self.rounds.plan.tree
 
     # Other proposals
@@ -85,10 +85,13 @@ class GraphedDecoder:
             self._timed[proposed, sampled] = round_seconds(rounds, length=length, sampled=sampled)
         return self._timed[proposed, sampled]
 
+    def _tree(self, *, sampled: bool) -> Tree | None:
+        """What the decoder's own rounds propose; None for the chain."""
+        return self.tree if self.rounds.proposes_tree(sampled=sampled) else None
+
     def _proposed(self, sampled: bool) -> int | Tree:
-        """What the decoder's own rounds propose."""
-        plan = self.rounds.plan
-        return plan.tree if plan is not None and self.rounds.proposes_tree(sampled=sampled) else self.rounds.block
+        """Likewise, as `timed` names it."""
+        return self._tree(sampled=sampled) or self.rounds.block
 
     def _rounds_of(self, block: int, tree: Tree | None) -> Rounds:
         own = self.rounds
@@ -153,37 +156,20 @@ class GraphedDecoder:
         budget = min(request.max_new_tokens, limit - prompt.shape[0])
         result = Decoded()
         clock = Clock(result.seconds, prompt.device)
-        proposed = self.rounds.block if recording is not None else self._proposed(not settings.greedy)
-        tree = proposed if isinstance(proposed, Tree) else None
-        # Noise is drawn where it is used, the few uniform numbers of a chain here.
-        generator = torch.Generator("cpu" if tree is None else prompt.device).manual_seed(seed)
+        tree = None if recording is not None else self._tree(sampled=not settings.greedy)
         with clock.part("prefill"):
             rounds.begin(0, prompt)
         if not settings.greedy:
             rounds.temperatures.fill_(settings.temperature)
-        most = 1 + (rounds.block if tree is None else tree.depth)
-        length, finished = prompt.shape[0] - 1, False
-        waiting: deque[_Look] = deque()
+        finished = False
         start = clock.now()
+        looks = self._looked_at(
+            prompt, result, settings, tree, budget=budget, seed=seed, recorded=recording is not None
+        )
         while not finished:
-            while len(waiting) < len(self._looks):
-                reached = length + most * len(waiting)
-                if waiting and (recording is not None or not self._goes_on(result, budget, len(waiting), reached)):
-                    break
-                if not settings.greedy and tree is not None and rounds.noise is not None:
-                    rounds.noise.exponential_(generator=generator)
-                elif not settings.greedy:
-                    uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
-                    rounds.uniforms.copy_(uniforms, non_blocking=True)
-                shown = rounds.shown(reached, sampled=not settings.greedy)
-                rounds.round(shown=shown, sampled=not settings.greedy, recorded=recording is not None)
-                look = next(look for look in self._looks if look not in waiting)
-                look.send(rounds, recorded=recording is not None)
-                waiting.append(look)
-            look = waiting.popleft()
+            look = next(looks)
             numbers = look.emitted()
             count = numbers[-1]
-            length += count
             if tree is None:
                 result.count_chain(rounds.block, count - 1)
             else:
@@ -199,6 +185,50 @@ class GraphedDecoder:
         self._split(result, clock.now() - start, sampled=not settings.greedy)
         result.cache_nbytes = rounds.target.nbytes()
         return result
+
+    def _looked_at(
+        self,
+        prompt: torch.Tensor,
+        result: Decoded,
+        settings: SamplingSettings,
+        tree: Tree | None,
+        *,
+        budget: int,
+        seed: int,
+        recorded: bool,
+    ) -> Iterator["_Look"]:
+        """What the host is shown of the rounds of a request, one after another and without an end; the rounds that
+        follow are on their way by then.
+
+        Args:
+            prompt: int64 `[T]`, which has been read.
+            result: to which the tokens of every round have been added before the next one is asked for.
+            settings: of the request.
+            tree: what its rounds propose; None for the chain.
+            budget: most tokens of the answer.
+            seed: fixes every random decision.
+            recorded: whether rounds note signals; those wait for each other.
+        """
+        rounds, sampled = self.rounds, not settings.greedy
+        # Noise is drawn where it is used, the few uniform numbers of a chain here.
+        generator = torch.Generator("cpu" if tree is None else prompt.device).manual_seed(seed)
+        most = 1 + (rounds.block if tree is None else tree.depth)
+        waiting: deque[_Look] = deque()
+        while True:
+            while len(waiting) < len(self._looks):
+                reached = prompt.shape[0] - 1 + len(result.tokens) + most * len(waiting)
+                if waiting and (recorded or not self._goes_on(result, budget, len(waiting), reached)):
+                    break
+                if sampled and tree is not None and rounds.noise is not None:
+                    rounds.noise.exponential_(generator=generator)
+                elif sampled:
+                    uniforms = torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator)
+                    rounds.uniforms.copy_(uniforms, non_blocking=True)
+                rounds.round(shown=rounds.shown(reached, sampled=sampled), sampled=sampled, recorded=recorded)
+                look = next(look for look in self._looks if look not in waiting)
+                look.send(rounds, recorded=recorded)
+                waiting.append(look)
+            yield waiting.popleft()
 
     def _goes_on(self, result: Decoded, budget: int, waiting: int, reached: int) -> bool:
         """Whether a round behind those that are on their way has room, and is probably wanted: a stop token is not

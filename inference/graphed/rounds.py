@@ -1,14 +1,14 @@
 """One round of B requests in fixed shapes: draft a block, verify it, accept, read what stands; captured as one graph.
 
-What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or, in greedy rounds, a tree. A round
+What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or a tree. A round
 may be of the first requests alone and of a shorter block: what it shares with larger ones are weights and buffers.
-Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd the draft's, R requests of a pass
-over prompts; of a tree, N nodes and D depth.
+Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd the draft's; of a tree, N nodes and D
+depth.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from inference.graphed.acceptance import accept_greedy, accept_sampled, accept_t
 from inference.graphed.contexts import StaticContext
 from inference.graphed.likeliest import likeliest
 from inference.graphed.programs import Programs
+from inference.graphed.prompts import Places, PromptReader, power_of_two
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.model import CausalModel
 from inference.randomness import drawn
@@ -26,9 +27,6 @@ from inference.sampling import process_logits
 from inference.sampling_settings import SamplingSettings
 from inference.trees import Tree, TreePlan
 
-# Prompts are read together in passes of so many; few sizes, since each is a graph of its own.
-_PROMPT_ROWS = (1, 4, 16, 64)
-_PROMPT_TOKENS = 8192
 # Stands for greedy decoding in a sampled round: whatever is less likely has no mass, and of equals the first is drawn
 # by a uniform number of 0.
 COLDEST = 1e-30
@@ -108,7 +106,7 @@ class Rounds:
         )
         device = target.device
         if tree is not None and network is not None:
-            check_tree(tree, network)
+            network.check_tree(tree)
         self.plan = None if tree is None else TreePlan(tree, device)
         self.tree_when_sampled = tree_when_sampled and tree is not None
         noise = (batch, 1 + (tree.depth if tree else 0), target.vocab_size)
@@ -136,9 +134,10 @@ class Rounds:
         self.emitted = torch.zeros(batch, self.longest + 2, dtype=torch.long, device=device)
         self.signals = torch.zeros(batch, block, len(SIGNALS), dtype=torch.float64, device=device)
         self._every = torch.arange(batch, device=device)
-        self._prompt: dict[tuple[int, int], Tensor] = {}
         self._compiled = compiled
         self.programs = Programs(device, self._state, compiled=compiled)
+        places = Places(self.anchors, self.lengths, self.active)
+        self._prompts = PromptReader(self.target, network, self.context, places, self.programs)
 
     # What is asked of it
 
@@ -160,7 +159,7 @@ class Rounds:
         """Positions that a round must read where the longest request holds so many before it: a power of two, so that
         few graphs do; all of them where a graph takes a minute to compile."""
         needed = longest + (self.width if self.proposes_tree(sampled=sampled) else self.block) + 1
-        return self.capacity if self._compiled else min(_power_of_two(needed), self.capacity)
+        return self.capacity if self._compiled else min(power_of_two(needed), self.capacity)
 
     def begin(self, row: int, prompt: Tensor) -> None:
         """Put a request into a place: all of its prompt but the anchor is read.
@@ -179,18 +178,12 @@ class Rounds:
             places: of each request, all different.
             prompts: token ids of each, at least one.
         """
-        together: dict[tuple[int, ...], list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            together.setdefault(tuple(self._piece_widths(len(prompt) - 1)), []).append(index)
-        for widths, members in together.items():
-            if not widths:
-                for index in members:
-                    self._reset(places[index], active=1)
-                    self.anchors[places[index]].fill_(prompts[index][0])
-                continue
-            most = self._rows_at_once(widths)
-            for first in range(0, len(members), most):
-                self._begin_together([(places[i], prompts[i]) for i in members[first : first + most]], widths)
+        requests = dict(zip(places, prompts, strict=True))
+        for place, prompt in requests.items():
+            if len(prompt) == 1:
+                self._reset(place, active=1)
+                self.anchors[place].fill_(prompt[0])
+        self._prompts.read([(place, prompt) for place, prompt in requests.items() if len(prompt) > 1])
 
     def leave(self, place: int) -> None:
         """Make a place ballast."""
@@ -238,13 +231,7 @@ class Rounds:
             longest: tokens of the longest prompt.
             together: prompts that may be read at once.
         """
-        reads = [*range(ALIGNMENT, longest - 1, ALIGNMENT), longest - 1]
-        for widths in sorted({tuple(self._piece_widths(read)) for read in reads if read > 0}):
-            # As long as these pieces can be, but for what is padded.
-            prompt = [0] * (sum(widths[:-1]) + 2)
-            for rows in _PROMPT_ROWS:
-                if rows <= self._rows_at_once(widths) and rows < 4 * together:
-                    self._begin_together([(0, prompt)] * rows, widths)
+        self._prompts.prepare(longest, together=together)
         self.leave(0)
 
     @torch.inference_mode()
@@ -299,7 +286,7 @@ class Rounds:
             if plan is None:
                 self._draft(self.batch, self.block, shown, sampled, recorded=False)
             else:
-                self._draft_tree(plan, self.batch, shown, sampled)
+                self._draft_tree(plan, self.batch, shown, self._log_noise(self.batch) if sampled else None)
 
         def verify() -> None:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown, tree=plan)[0])
@@ -323,14 +310,14 @@ class Rounds:
         self._go_on(emitted, stood, features)
 
     def _tree_round(self, plan: TreePlan, places: int, shown: int, sampled: bool) -> None:
-        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown, sampled)], dim=1)
+        noise = self._log_noise(places) if sampled else None
+        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown, noise)], dim=1)
         lengths = self.lengths[:places]
         states, features = self.target.run(ids, lengths, None, shown=shown, tree=plan)
         rows = self.target.logits(states)
-        if sampled:
+        if noise is not None:
             # Tokens of one depth share their noise: whichever of them stands, no other token is drawn by it.
-            rows = self._processed(rows, self.temperatures[:places, None, None])
-            rows = rows - self._log_noise(places)[:, plan.depths]
+            rows = self._processed(rows, self.temperatures[:places, None, None]) - noise[:, plan.depths]
         emitted, stood, ways = accept_tree(ids, rows.argmax(-1), plan)
         self.target.keep(ways, lengths)
         self._go_on(emitted, stood, features[self._every[:places, None], ways])
@@ -391,15 +378,14 @@ class Rounds:
         assert self.noise is not None, "a sampled round with a tree has noise"
         return self.noise[:places].log().float()
 
-    def _draft_tree(self, plan: TreePlan, places: int, shown: int, sampled: bool) -> Tensor:
-        """The nodes' tokens, int64 `[B, N]`, by depth."""
+    def _draft_tree(self, plan: TreePlan, places: int, shown: int, noise: Tensor | None) -> Tensor:
+        """The nodes' tokens, int64 `[B, N]`, by depth; of a greedy round without noise."""
         network, context, anchors = self.network, self.context, self.anchors[:places]
         assert network is not None and context is not None, "a tree is drafted"
         context.shown = shown
         context.drafting(places)
         context.branching()
         block, tokens = network.begin_tree(anchors, context, plan.tree.depth), anchors[:, None]
-        noise = self._log_noise(places) if sampled else None
         if noise is not None and network.vocabulary is not None:
             noise = noise[:, :, network.vocabulary]
         levels = []
@@ -439,62 +425,6 @@ class Rounds:
         """The numbers that accept a block, `[B, G]`: none that has drawn a token of it."""
         return self.uniforms[:places, self.block : self.block + block]
 
-    # Prompts
-
-    def _begin_together(self, requests: Sequence[tuple[int, Sequence[int]]], widths: tuple[int, ...]) -> None:
-        """Read prompts, each with its place, in pieces of these widths. The first one fills up the rows of a pass: to
-        read it again changes nothing."""
-        rows = next(rows for rows in _PROMPT_ROWS if rows >= len(requests))
-        filled = [*requests, *[requests[0]] * (rows - len(requests))]
-        start = 0
-        for width in widths:
-            told = []
-            for place, prompt in filled:
-                count = min(len(prompt) - 1 - start, width)
-                told.append([place, start, count, *prompt[start : start + count + 1], *[0] * (width - count)])
-            given = torch.tensor(told, pin_memory=self.anchors.device.type == "cuda")
-            self._prompt_inputs(rows, width).copy_(given, non_blocking=True)
-            shown = min(self.capacity, _power_of_two(start + width))
-            read = functools.partial(self._read_prompts, rows, width, shown)
-            self.programs.run(("prompt", rows, width, shown), read, compiled=False)
-            start += width
-
-    def _read_prompts(self, rows: int, width: int, shown: int) -> None:
-        inputs = self._prompt_inputs(rows, width)
-        places, starts, counts = inputs[:, :3].t().contiguous()
-        tokens = inputs[:, 3:]
-        ends = starts + counts
-        _, features = self.target.run(tokens[:, :-1], starts, None if self.batch == 1 else places, shown=shown)
-        if self.context is not None and self.network is not None:
-            self.context.starting(places, starts)
-            self.context.reading(places, counts, width=width)
-            self.network.read(features.flatten(0, 1), tokens[:, 1:].flatten(), self.context)
-            self.context.read(ends)
-        self.lengths.index_copy_(0, places, ends)
-        # After a prompt's last piece this is its last token.
-        self.anchors.index_copy_(0, places, tokens.gather(1, counts[:, None])[:, 0])
-        self.active.index_fill_(0, places, 1)
-
-    def _prompt_inputs(self, rows: int, width: int) -> Tensor:
-        """Pieces of R prompts, int64 `[R, 3 + width + 1]`: place, start, length, tokens and the one after them."""
-        if (rows, width) not in self._prompt:
-            self._prompt[rows, width] = torch.zeros(rows, width + 4, dtype=torch.long, device=self.anchors.device)
-        return self._prompt[rows, width]
-
-    @staticmethod
-    def _rows_at_once(widths: Sequence[int]) -> int:
-        """Prompts that are read together in pieces of these widths, at most."""
-        return max(rows for rows in _PROMPT_ROWS if rows == 1 or rows * max(widths) <= _PROMPT_TOKENS)
-
-    def _piece_widths(self, read: int) -> Iterator[int]:
-        """Widths of the passes over so many tokens of a prompt; what they add up to has room in a place."""
-        longest = max(ALIGNMENT, min(512, self.capacity // 2 // ALIGNMENT * ALIGNMENT))
-        start = 0
-        while start < read:
-            width = min(_power_of_two(read - start), longest, self.capacity - start)
-            yield width
-            start += width
-
     def _reset(self, place: int, *, active: int) -> None:
         """A place of length 0."""
         # Filled, since a number that is assigned is copied from the host, which waits.
@@ -507,35 +437,3 @@ class Rounds:
         """What a round changes of its requests, besides the states that lie at their positions."""
         held = [] if self.context is None else self.context.state()
         return [self.anchors, self.lengths, self.active, *held]
-
-
-def fitting_tree(tree: Tree, network: FeatureNetwork) -> Tree | None:
-    """What a draft can propose of a tree; None for nothing."""
-    return tree.within(depth=network.deepest, children=_known_tokens(network))
-
-
-def check_tree(tree: Tree, network: FeatureNetwork) -> None:
-    """Refuse a tree that a draft cannot propose.
-
-    Raises:
-        ValueError: it is too deep, or wants more tokens after one than the draft knows.
-    """
-    known = _known_tokens(network)
-    if tree.depth > network.deepest or tree.most_children > known:
-        raise ValueError(
-            f"a tree of {tree.depth} levels and up to {tree.most_children} tokens after one; the draft goes on to "
-            f"{network.deepest} tokens and knows {known}"
-        )
-
-
-def _known_tokens(network: FeatureNetwork) -> int:
-    """Tokens of a draft's vocabulary."""
-    return network.shape.vocab if network.vocabulary is None else network.vocabulary.shape[0]
-
-
-def _power_of_two(needed: int) -> int:
-    """The smallest power of two that is no less, from `ALIGNMENT` on."""
-    size = ALIGNMENT
-    while size < needed:
-        size *= 2
-    return size

@@ -123,7 +123,9 @@ class Bench:
         chosen = self._chosen_prompts(self._sources(), self.options.prompts if count is None else count)
         if not chosen:
             where = str(self.options.prompt_file or ", ".join(HELD_OUT))
-            raise InputError("no prompt is short enough", where=where, mend="add shorter ones to --prompt-file")
+            raise InputError(
+                f"no prompt within {self._prompt_limit} tokens", where=where, mend="add shorter ones to --prompt-file"
+            )
         return chosen
 
     def training_prompts(self, count: int) -> list[ScorePrompt]:
@@ -131,20 +133,24 @@ class Bench:
         return self._chosen_prompts([PackagePrompts(dataset=name) for name in TRAINING], count)
 
     def _chosen_prompts(self, sources: Sequence[SourceConfig], wanted: int) -> list[ScorePrompt]:
-        options = self.options
-        limit = min(_MAX_PROMPT_TOKENS, self.context_limit - options.max_new_tokens - 1)
+        seed, limit = self.options.seed, self._prompt_limit
         tokenizer = load_tokenizer(self.target_folder)
-        context = SourceContext(tokenizer=tokenizer, seed=options.seed)
+        context = SourceContext(tokenizer=tokenizer, seed=seed)
         groups = []
         for source in sources:
             found = []
-            for prompt in sorted(source.load(context), key=lambda p: rank(p.id, seed=options.seed)):
+            for prompt in sorted(source.load(context), key=lambda p: rank(p.id, seed=seed)):
                 ids = render_prompt(tokenizer, messages_for(prompt.turns, system=prompt.system))
                 if len(ids) <= limit:
                     name = f"{prompt.source}/{prompt.id}"
                     found.append(ScorePrompt(name, prompt.domain, torch.tensor(ids, device=self.device)))
             groups.append(found)
         return round_robin(groups, wanted)[:wanted]
+
+    @property
+    def _prompt_limit(self) -> int:
+        """Tokens of the longest prompt that leaves room for its answer."""
+        return min(_MAX_PROMPT_TOKENS, self.context_limit - self.options.max_new_tokens - 1)
 
     def _sources(self) -> list[SourceConfig]:
         if self.options.prompt_file is not None:

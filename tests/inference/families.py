@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from inference.attention import use_grouped_attention
+from inference.lean import use_lean_layers
 from inference.model import CausalModel
 
 VOCAB = 48
@@ -70,3 +72,11 @@ def greedy_reference(model: CausalModel, prompt: torch.Tensor, tokens: int) -> l
             logits = model.model(input_ids=torch.tensor([written]), use_cache=False).logits[0, -1]
             written.append(int(logits.argmax()))
     return written[prompt.shape[0] :]
+
+
+def lean_model(name: str, **changes: Any) -> CausalModel:
+    """`family_model` as targets are loaded: our attention, lean layers."""
+    made = family_model(name, **changes)
+    use_grouped_attention(made.model)
+    use_lean_layers(made.model)
+    return made

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from inference.attention import use_grouped_attention
 from inference.decoder import decode
 from inference.drafters.feature import FeatureDrafter
 from inference.drafters.none import NoDrafter
@@ -17,14 +16,13 @@ from inference.errors import InputError
 from inference.feature_networks import FeatureNetwork, Step
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
-from inference.lean import use_lean_layers
 from inference.lookahead import RecordingLookahead, Signals
 from inference.lookahead.fixed import FixedLookahead
 from inference.model import CausalModel
 from inference.randomness import TorchSource
 from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
-from tests.inference.families import VOCAB, family_model
+from tests.inference.families import VOCAB, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
 
 KINDS = ("dflash", "dspark", "dspark-rnn", "eagle3")
@@ -32,10 +30,7 @@ KINDS = ("dflash", "dspark", "dspark-rnn", "eagle3")
 
 @pytest.fixture(scope="module")
 def target() -> CausalModel:
-    model = family_model("llama", max_position_embeddings=256)
-    use_grouped_attention(model.model)
-    use_lean_layers(model.model)
-    return model
+    return lean_model("llama", max_position_embeddings=256)
 
 
 def prompt(length: int, *, seed: int = 3) -> torch.Tensor:

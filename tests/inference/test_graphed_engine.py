@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from inference.attention import use_grouped_attention
 from inference.errors import InputError
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
@@ -16,11 +15,10 @@ from inference.graphed.decode import GraphedDecoder
 from inference.graphed.depths import FixedDepth, ScheduledDepth, load_seconds
 from inference.graphed.engine import GraphedEngine, GraphedHandle, round_sizes
 from inference.graphed.rounds import Rounds
-from inference.lean import use_lean_layers
 from inference.model import CausalModel
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
-from tests.inference.families import VOCAB, family_model
+from tests.inference.families import VOCAB, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
 from tests.inference.test_graphed import misfit, plainly, prompt, target_law
 
@@ -30,10 +28,7 @@ KINDS = ("dflash", "dspark", "eagle3", "none")
 
 @pytest.fixture(scope="module")
 def target() -> CausalModel:
-    model = family_model("llama", max_position_embeddings=256)
-    use_grouped_attention(model.model)
-    use_lean_layers(model.model)
-    return model
+    return lean_model("llama", max_position_embeddings=256)
 
 
 class Turns:

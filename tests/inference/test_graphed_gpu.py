@@ -21,7 +21,7 @@ from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import explain_mismatch
 from inference.trees import Tree
-from tests.inference.families import family_model
+from tests.inference.families import family_model, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import near, plainly, prompt
 from tests.inference.test_trees import BUSHY, replayed
@@ -70,7 +70,9 @@ def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: st
     network.bind(exact)
     decoder = GraphedDecoder(Rounds(exact, network, block=network.block, capacity=256, compiled=compiled, tree=BUSHY))
     on_host = network_for(CONFIGS[kind], family_on_cpu())
-    same = GraphedDecoder(Rounds(family_lean(), on_host, block=network.block, capacity=256, tree=BUSHY))
+    same = GraphedDecoder(
+        Rounds(lean_model("llama", max_position_embeddings=256), on_host, block=network.block, capacity=256, tree=BUSHY)
+    )
     for seed in (3, 4, 5):
         tokens = prompt(20, seed=seed)
         given = decoder.decode(tokens.cuda(), request=GREEDY, seed=0)
@@ -104,13 +106,6 @@ def test_the_likeliest_are_those_torch_selects(width: int, dtype: torch.dtype) -
         # Of equals any will do, but each once.
         assert torch.equal(rows.gather(-1, given), rows.topk(count, dim=-1).values)
         assert all(len(set(row)) == count and max(row) < width for row in given.flatten(0, 1).tolist())
-
-
-def family_lean() -> CausalModel:
-    made = family_on_cpu()
-    use_grouped_attention(made.model)
-    use_lean_layers(made.model)
-    return made
 
 
 def family_on_cpu() -> CausalModel:

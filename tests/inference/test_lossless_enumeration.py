@@ -24,7 +24,7 @@ from inference.feature_drafts.dflash import Config as DFlash
 from inference.feature_drafts.dspark import Config as DSpark
 from inference.feature_drafts.eagle3 import Config as Eagle3
 from inference.feature_networks import make_network
-from inference.feature_networks._layers import DraftCache
+from inference.feature_networks._contexts import DraftCache
 from inference.layers import keep_layers
 from inference.loading import load_causal_model
 from inference.lookahead import Lookahead, Measured

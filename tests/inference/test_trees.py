@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from inference.attention import use_grouped_attention
 from inference.drafters.feature import FeatureDrafter
 from inference.errors import InputError
 from inference.feature_networks import FeatureNetwork
@@ -17,7 +16,6 @@ from inference.graphed import rounds as rounds_module
 from inference.graphed.acceptance import accept_tree
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
-from inference.lean import use_lean_layers
 from inference.lookahead import RecordingLookahead
 from inference.model import CausalModel
 from inference.prescore.responses import fixed_response
@@ -25,7 +23,7 @@ from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import ScorePrompt
 from inference.trees import Continuations, Level, Tree, TreePlan
-from tests.inference.families import VOCAB, family_model
+from tests.inference.families import VOCAB, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
 from tests.inference.test_graphed import misfit, plainly, prompt, target_law
 
@@ -44,10 +42,7 @@ GREEDY = Request(settings=SamplingSettings(), max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def target() -> CausalModel:
-    model = family_model("llama", max_position_embeddings=256)
-    use_grouped_attention(model.model)
-    use_lean_layers(model.model)
-    return model
+    return lean_model("llama", max_position_embeddings=256)
 
 
 # The tree itself
@@ -234,6 +229,17 @@ def test_requests_of_a_batch_do_not_touch_each_other(target: CausalModel, knowin
     for tokens, answer in zip(prompts, answers, strict=True):
         request = Request(settings=SamplingSettings(), max_new_tokens=len(answer))
         assert answer == plainly(target, None, tokens, request).tokens
+
+
+def test_what_is_kept_of_a_tree_lies_where_a_chain_leaves_it(target: CausalModel, knowing: Any) -> None:
+    network = knowing(network_for(CONFIGS["eagle3"], target))
+    tokens, kept = prompt(17, seed=17), []
+    for tree in (None, BUSHY):
+        rounds = Rounds(target, network, block=network.block, capacity=256, tree=tree, keep_states=True)
+        answer = GraphedDecoder(rounds).decode(tokens, request=GREEDY, seed=0).tokens
+        assert rounds.target.states is not None
+        kept.append(rounds.target.states[0, : tokens.shape[0] + len(answer) - 1].clone())
+    torch.testing.assert_close(kept[0], kept[1])
 
 
 def wrong_ways(ids: torch.Tensor, choices: torch.Tensor, plan: TreePlan) -> tuple[torch.Tensor, ...]:
