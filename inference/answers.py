@@ -3,6 +3,7 @@ padding (`inference.batch.responses`), or padded batches for families whose requ
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -49,12 +50,13 @@ class Answering:
                 return  # `answer` says why
             answers.prepare(longest_prompt=longest_prompt)
 
-    def answer(self, prompts: list[list[int]], *, seed: int) -> list[Response]:
+    def answer(self, prompts: list[list[int]], *, seed: int, temperatures: Sequence[float] = ()) -> list[Response]:
         """One response for each prompt, states and features on the CPU.
 
         Args:
             prompts: token ids of each.
             seed: fixes every draw.
+            temperatures: of each prompt, above 0; none for that of all answers.
 
         Raises:
             ValueError: a repetition penalty was asked for.
@@ -69,9 +71,15 @@ class Answering:
                 self._capture = False
             else:
                 return answers.answer(
-                    prompts, max_new_tokens=wanted.max_new_tokens, stop_tokens=wanted.stop_tokens, seed=seed
+                    prompts,
+                    max_new_tokens=wanted.max_new_tokens,
+                    stop_tokens=wanted.stop_tokens,
+                    seed=seed,
+                    temperatures=temperatures,
                 )
-        responses = answer_all(model, prompts, wanted, max_running=self._max_running, seed=seed)
+        responses = answer_all(
+            model, prompts, wanted, max_running=self._max_running, seed=seed, temperatures=temperatures
+        )
         for response in responses:
             response.states = _on_cpu(response.states)
             response.prompt_states = _on_cpu(response.prompt_states)

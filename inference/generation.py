@@ -7,7 +7,7 @@ output head for each of them, which is all that distillation needs of the target
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,6 +52,7 @@ def generate_batch(
     max_new_tokens: int,
     stop_tokens: frozenset[int],
     seed: int,
+    temperatures: Sequence[float] = (),
     keep_states: bool = False,
     keep_prompt_states: bool = False,
     taps: Sequence[int] = (),
@@ -65,6 +66,7 @@ def generate_batch(
         max_new_tokens: longest answer; a row also ends where its own prompt leaves no more room in the context.
         stop_tokens: each ends a row.
         seed: fixes every draw of this batch.
+        temperatures: of each prompt, above 0; none for that of `settings`.
         keep_states: whether to return the head's inputs for the tokens written.
         keep_prompt_states: whether to return them for the prompts' tokens too.
         taps: decoder layers whose outputs are returned as features.
@@ -113,7 +115,8 @@ def generate_batch(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            tokens = draw_tokens(logits, settings, generator)
+            own = [temperatures[row] for row in rows] if temperatures else ()
+            tokens = draw_tokens(logits, settings, generator, temperatures=own)
             for index, token in enumerate(tokens.tolist()):
                 response = responses[rows[index]]
                 response.tokens.append(token)
@@ -163,8 +166,13 @@ def _finished(response: Response, states: list[torch.Tensor], stop_tokens: froze
     return Response(tokens[:end], torch.stack(states[:end]) if states else None, stopped)
 
 
-def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
-    """One token per row, int64 `[batch]`, from logits `[batch, V]`."""
+def draw_tokens(
+    logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator, *, temperatures: Sequence[float] = ()
+) -> torch.Tensor:
+    """One token per row, int64 `[batch]`, from logits `[batch, V]`; by temperatures of the rows' own where given."""
+    if temperatures:
+        logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
+        settings = replace(settings, temperature=1.0)
     none = torch.empty(0, dtype=torch.long, device=logits.device)
     processed = process_logits(logits, context=none, block=none, settings=settings)
     if settings.greedy:

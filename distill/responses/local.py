@@ -1,11 +1,12 @@
 """The target answers in this process: many conversations at once, sorted by length, drawn from its own distribution."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distill.chat import end_of_turn, follow_up, messages_for, render_prompt
-from distill.prompts import Prompt
+from distill.prompts import Prompt, rank
 from distill.responses import check_answers
 from distill.responses._context import AnswerContext, sample_of
 from inference.sampling_settings import SamplingSettings
@@ -31,6 +32,8 @@ class Config:
     Attributes:
         kind: this generator.
         temperature: 0 is greedy.
+        temperatures: above 0, of conversations by turns in place of it, as their ids say; low ones are how greedy
+            answers read, high ones how varied ones do.
         top_k: see `inference.sampling_settings.SamplingSettings`.
         top_p: see `inference.sampling_settings.SamplingSettings`.
         max_new_tokens: longest response of one turn, in tokens.
@@ -49,6 +52,7 @@ class Config:
 
     kind: str = "local"
     temperature: float = 0.8
+    temperatures: list[float] = field(default_factory=list)
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 128
@@ -67,7 +71,9 @@ class Config:
             raise ValueError(
                 f"corpus.max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens}, {self.batch_size}"
             )
-        check_answers(self.answers, temperature=self.temperature)
+        if any(not 0 < temperature < math.inf for temperature in self.temperatures):
+            raise ValueError(f"corpus.temperatures is {self.temperatures}; each must be above 0")
+        check_answers(self.answers, temperature=max(self.temperatures, default=self.temperature))
         if self.shard_size < 0:
             raise ValueError(f"corpus.shard_size is {self.shard_size}; use 0 or more")
         if not self.features_gib >= 0:
@@ -81,8 +87,9 @@ class Config:
         return max(self.batch_size, wanted)
 
     def settings(self) -> SamplingSettings:
-        """Sampling settings of the responses."""
-        return SamplingSettings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        """Sampling settings of the responses, but for temperatures of their own."""
+        temperature = max(self.temperatures, default=self.temperature)
+        return SamplingSettings(temperature=temperature, top_k=self.top_k, top_p=self.top_p)
 
     def tapped_layers(self, num_target_layers: int) -> list[int]:
         """Layers whose features are wanted; none when features are not kept."""
@@ -136,10 +143,19 @@ class Config:
             waiting = [thread for thread in threads if thread.open_turn(turn)]
             if not waiting:
                 continue
-            responses = answering.answer([thread.ids for thread in waiting], seed=seed + turn)
+            responses = answering.answer(
+                [thread.ids for thread in waiting],
+                seed=seed + turn,
+                temperatures=[self._temperature(thread.prompt) for thread in waiting] if self.temperatures else (),
+            )
             for thread, response in zip(waiting, responses, strict=True):
                 thread.add(response)
         return [thread.sample(split) for thread, split in zip(threads, splits, strict=True)]
+
+    def _temperature(self, prompt: Prompt) -> float:
+        """Of a conversation; its id alone decides, so that it stays the same whoever answers along with it."""
+        place = int.from_bytes(rank(f"temperature of {prompt.id}", seed=0)[:8], "big")
+        return self.temperatures[place % len(self.temperatures)]
 
 
 class _Thread:

@@ -6,6 +6,7 @@ rows of a pass at once, so that tokens depend on which prompts are given togethe
 tokens it can keep what training needs of the target: the states that entered the head, and tapped layers.
 """
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -51,7 +52,13 @@ class Wanted:
 
 
 def answer_all(
-    model: CausalModel, prompts: Sequence[list[int]], wanted: Wanted, *, max_running: int, seed: int
+    model: CausalModel,
+    prompts: Sequence[list[int]],
+    wanted: Wanted,
+    *,
+    max_running: int,
+    seed: int,
+    temperatures: Sequence[float] = (),
 ) -> list[Response]:
     """Answer prompts with the model itself; in batches, padded, where its requests cannot share a pass otherwise.
 
@@ -61,6 +68,7 @@ def answer_all(
         wanted: of every answer.
         max_running: most answers at once.
         seed: fixes every draw.
+        temperatures: of each prompt, above 0; none for that of `wanted`.
 
     Returns:
         One response for each prompt, in their order.
@@ -79,20 +87,21 @@ def answer_all(
         return []
     try:
         check_ragged(model)
-        return _Answering(model, prompts, wanted, max_running=max_running, seed=seed).all()
+        return _Answering(model, prompts, wanted, temperatures, max_running=max_running, seed=seed).all()
     except InputError as error:
         _LOG.info("answers are made in padded batches: %s", error)
-    batches = [prompts[start : start + max_running] for start in range(0, len(prompts), max_running)]
+    starts = range(0, len(prompts), max_running)
     return [
         response
-        for number, batch in enumerate(batches)
+        for number, start in enumerate(starts)
         for response in generate_batch(
             model,
-            list(batch),
+            list(prompts[start : start + max_running]),
             settings=wanted.settings,
             max_new_tokens=wanted.max_new_tokens,
             stop_tokens=wanted.stop_tokens,
             seed=seed + number,
+            temperatures=temperatures[start : start + max_running],
             keep_states=wanted.keep_states,
             keep_prompt_states=wanted.keep_prompt_states,
             taps=wanted.taps,
@@ -106,6 +115,7 @@ class _Answer:
 
     prompt: list[int]
     budget: int
+    temperature: float | None = None
     response: Response = field(default_factory=Response)
     states: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
@@ -115,12 +125,22 @@ class _Answering:
     """The answers to some prompts; running ones have the slots behind that of what all prompts begin with."""
 
     def __init__(
-        self, model: CausalModel, prompts: Sequence[list[int]], wanted: Wanted, *, max_running: int, seed: int
+        self,
+        model: CausalModel,
+        prompts: Sequence[list[int]],
+        wanted: Wanted,
+        temperatures: Sequence[float],
+        *,
+        max_running: int,
+        seed: int,
     ) -> None:
         self._model, self._wanted = model, wanted
         self._generator = torch.Generator(device=model.device).manual_seed(seed)
         limit = model.context_limit
-        self._answers = [_Answer(prompt, min(wanted.max_new_tokens, limit - len(prompt))) for prompt in prompts]
+        self._answers = [
+            _Answer(prompt, min(wanted.max_new_tokens, limit - len(prompt)), temperature)
+            for prompt, temperature in itertools.zip_longest(prompts, temperatures)
+        ]
         self._waiting = deque(self._answers)
         self._running: list[_Answer] = []
         self._places = min(max_running, len(prompts))
@@ -205,7 +225,8 @@ class _Answering:
 
     def _write(self, answers: Sequence[_Answer], logits: Tensor, states: Tensor) -> list[_Answer]:
         """Draw a token of each by logits `[R, V]`, keep its state of `[R, D]`; returns the answers that end so."""
-        tokens = draw_tokens(logits, self._wanted.settings, self._generator).tolist()
+        own = [answer.temperature for answer in answers if answer.temperature is not None]
+        tokens = draw_tokens(logits, self._wanted.settings, self._generator, temperatures=own).tolist()
         kept = states.split(1) if self._wanted.keep_states else ()
         for answer, state in zip(answers, kept, strict=False):
             answer.states.append(state)

@@ -10,7 +10,7 @@ with a round are copied out together, beside the rounds that follow.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,7 +93,13 @@ class CapturedAnswers:
         self._engine.prepare(sampled=not self._settings.greedy, longest_prompt=longest_prompt)
 
     def answer(
-        self, prompts: Sequence[list[int]], *, max_new_tokens: int, stop_tokens: frozenset[int], seed: int
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: frozenset[int],
+        seed: int,
+        temperatures: Sequence[float] = (),
     ) -> list[Response]:
         """Answer prompts.
 
@@ -102,6 +108,7 @@ class CapturedAnswers:
             max_new_tokens: longest answer; one also ends where its place does.
             stop_tokens: each ends an answer.
             seed: fixes every draw; an answer depends on it, the prompt and its place in the list.
+            temperatures: of each prompt, above 0; none for that of the settings.
 
         Returns:
             One response for each prompt, as `generate_batch` makes them but for states, which lie on the CPU.
@@ -110,11 +117,16 @@ class CapturedAnswers:
             InputError: a prompt is empty or too long.
         """
         engine = self._engine
-        request = Request(settings=self._settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+        settings = [replace(self._settings, temperature=own) for own in temperatures] or [self._settings] * len(prompts)
         # Longest first: prompts that are read together are alike, and the last rounds are those of short ones.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         handles = {
-            index: engine.submit(prompts[index], request, seed=request_seed(seed, "answer", index)) for index in order
+            index: engine.submit(
+                prompts[index],
+                Request(settings=settings[index], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens),
+                seed=request_seed(seed, "answer", index),
+            )
+            for index in order
         }
         outbox = _Outbox(engine.rounds.anchors.device)
         while not engine.idle:

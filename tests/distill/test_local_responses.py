@@ -1,5 +1,6 @@
 """Conversations that the target answers itself: ids are the template's, states belong to their tokens."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -178,11 +179,36 @@ def test_a_seed_fixes_the_shard(chatml: PreTrainedTokenizerFast) -> None:
         ({"batch_size": 0}, "must be at least 1, got 128, 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"temperatures": [0.8, 0.0]}, "each must be above 0"),
+        ({"temperatures": [math.inf]}, "each must be above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**values)  # type: ignore[arg-type]
+
+
+def test_conversations_take_temperatures_by_turns_and_keep_theirs(
+    chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[tuple[int, ...], float] = {}
+
+    def answer(model: object, prompts: list[list[int]], wanted: object, **told: object) -> list[Response]:
+        temperatures = told["temperatures"]
+        assert isinstance(temperatures, list)
+        for prompt, temperature in zip(prompts, temperatures, strict=True):
+            assert asked.setdefault(tuple(prompt), temperature) == temperature  # whoever is answered along with it
+        return [Response([5]) for _ in prompts]
+
+    monkeypatch.setattr("inference.answers.answer_all", answer)
+    many = [Prompt(f"p/{number}", "chat", "here", (f"question {number}",)) for number in range(40)]
+    config = {"temperatures": [0.8, 0.25], "keep_states": False, "keep_features": False}
+    _answer(many, _context(chatml), **config)
+    _answer(many[::-3], _context(chatml), **config)
+    assert len(asked) == 40 and 10 <= sum(temperature == 0.25 for temperature in asked.values()) <= 30
+    assert set(asked.values()) == {0.8, 0.25}
+    # Several answers to a prompt differ where any is drawn.
+    assert Config(answers=3, temperature=0.0, temperatures=[0.5]).settings().temperature == 0.5
 
 
 def test_the_target_is_needed_here() -> None:

@@ -57,6 +57,19 @@ def test_captured_rounds_and_slots_answer_alike_list_after_list() -> None:
         check_same(captured.answer(asked, seed=1), slots.answer(asked, seed=1))
 
 
+@pytest.mark.parametrize("way", ["captured", "slots", "padded"])
+def test_each_prompt_may_have_a_temperature_of_its_own(way: str) -> None:
+    model = family_model("llama") if way == "padded" else target()
+    asked, cold = prompts(3, 15, 2, 9, 6, 7), [0, 3, 4]
+    sampled = Answering(model, wanted(SamplingSettings(temperature=1.0)), max_running=4, captured=way == "captured")
+    greedy = Answering(model, wanted(), max_running=4, captured=False).answer(asked, seed=0)
+    temperatures = [1e-6 if index in cold else 50.0 for index in range(len(asked))]
+    for seed in range(1, 4):
+        responses = sampled.answer(asked, seed=seed, temperatures=temperatures)
+        same = [index for index, own in enumerate(greedy) if responses[index].tokens == own.tokens]
+        assert same == cold
+
+
 def test_places_grow_with_the_longest_request_and_serve_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
