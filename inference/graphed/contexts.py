@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inference.feature_networks._layers import DraftShape, KeysValues
+from inference.graphed.attending import attend_held, can_attend
 from inference.trees import Level, TreePlan, added
 
 
@@ -51,6 +52,9 @@ class StaticContext:
         self._every = torch.arange(batch, device=device)
         self._rows, self._kept, self._width, self._added = self._every, self.held, 0, 0
         self._drafted = batch
+        self._by_kernel = can_attend(self._last, head_dim=shape.head_dim)
+        # Which tokens of the tree one sees, bool `[1 + E, E]`.
+        self._among = self._columns if tree is None else tree.drafting[:, 1:-1].contiguous()
         # What is added to products of the tokens of a tree, `[groups * (1 + E), E + 2]`; see `TreePlan.drafting`.
         self._tree = (
             None if tree is None else added(tree.drafting, dtype).repeat_interleave(shape.heads // shape.kv_heads, 0)
@@ -147,9 +151,10 @@ class StaticContext:
         assert self._tree is not None, "a context of trees knows which"
         entries = self._tree.shape[1] - 2
         rows = self._drafted
-        # Of a request that holds nothing all see its first place: a softmax over nothing is not a number.
-        behind = self._columns[: self.shown] - self.held[:rows, None].clamp(min=1)
-        self._tree_mask = self._tree[:, behind.clamp(-1, entries) + 1].transpose(0, 1)[:, None]
+        if not self._by_kernel:
+            # Of a request that holds nothing all see its first place: a softmax over nothing is not a number.
+            behind = self._columns[: self.shown] - self.held[:rows, None].clamp(min=1)
+            self._tree_mask = self._tree[:, behind.clamp(-1, entries) + 1].transpose(0, 1)[:, None]
         starts = (self._every * self._capacity + self.held)[:rows, None]
         self._tree_places = starts + self._columns[:entries]
 
@@ -162,6 +167,14 @@ class StaticContext:
             places = self._tree_places[:, level.first : level.first + count].flatten()
             for buffer, new in zip(self._layers[0], (keys, values), strict=True):
                 buffer.view(-1, kv_heads, width).index_copy_(0, places, new.flatten(0, 1))
+        if self._by_kernel:
+            return attend_held(
+                queries,
+                *self._layers[0],
+                self.held[:rows],
+                scale=width**-0.5,
+                among=self._among[level.row : level.row + count],
+            ).flatten(2)
         held_keys, held_values = (buffer[:rows, : self.shown].transpose(1, 2) for buffer in self._layers[0])
         stacked = queries.unflatten(2, (kv_heads, groups)).transpose(1, 2).flatten(2, 3)
         mask = self._tree_mask[:, :, groups * level.row : groups * (level.row + count)]

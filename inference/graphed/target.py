@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from inference.batch.ragged import check_ragged
 from inference.errors import InputError
+from inference.graphed.attending import attend_held, can_attend
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
@@ -89,6 +90,7 @@ class StaticTarget:
         self._columns = torch.arange(capacity, device=device)
         self._every = torch.arange(batch, device=device)
         self._groups = first.heads // first.kv_heads
+        self._by_kernel = can_attend(probe, head_dim=first.head_dim)
 
     def run(
         self, ids: Tensor, starts: Tensor, rows: Tensor | None, *, shown: int, tree: TreePlan | None = None
@@ -109,31 +111,28 @@ class StaticTarget:
         held = starts[:, None] + torch.arange(width, device=ids.device)
         places = self._every[:count] if rows is None else rows
         flat = (places[:, None] * self.capacity + held).flatten()
-        if tree is None:
-            positions, seen = held, self._columns[:shown] <= held[:, :, None]
-        else:
-            positions = starts[:, None] + tree.depths
-            behind = (self._columns[:shown] - starts[:, None]).clamp(-1, width) + 1
-            seen = tree.seen[:, behind].transpose(0, 1)
+        positions = held if tree is None else starts[:, None] + tree.depths
         tables = self._cosine[positions], self._sine[positions]
-        # The queries of a group are further rows of one product: `[R, 1, groups * W, S]`.
-        mask = added(seen, self.dtype).repeat(1, self._groups, 1)[:, None]
+        mask = None if self._by_kernel else self._mask(held, starts, shown, tree)
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
         for index, layer in enumerate(self._layers):
 
             def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
-                held = []
-                for buffers, new in ((self._keys, key), (self._values, value)):
-                    buffer = buffers[index]
+                buffers, scale = (self._keys[index], self._values[index]), self._layers[index].scaling
+                for buffer, new in zip(buffers, (key, value), strict=True):
                     buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, new.transpose(1, 2).flatten(0, 1))
-                    read = buffer[:, :shown]
-                    read = read[:count] if rows is None else read.index_select(0, rows)
-                    held.append(read.transpose(1, 2))
-                stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
-                mixed = functional.scaled_dot_product_attention(
-                    stacked, held[0], held[1], attn_mask=mask, scale=self._layers[index].scaling
+                if mask is None:
+                    among = None if tree is None else tree.above
+                    return attend_held(query.transpose(1, 2), *buffers, starts, scale=scale, rows=rows, among=among)
+                keys, values = (
+                    (buffer[:count, :shown] if rows is None else buffer[:, :shown].index_select(0, rows)).transpose(
+                        1, 2
+                    )
+                    for buffer in buffers
                 )
+                stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
+                mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
                 return mixed.reshape(query.shape).transpose(1, 2)
 
             states = layer.run(states, tables, mix)
@@ -145,6 +144,22 @@ class StaticTarget:
             if kept is not None:
                 kept.view(-1, kept.shape[-1]).index_copy_(0, flat, new.flatten(0, 1).to(kept.dtype))
         return normed, features
+
+    def _mask(self, held: Tensor, starts: Tensor, shown: int, tree: TreePlan | None) -> Tensor:
+        """What is added to products, `[R, 1, groups * W, S]`: the queries of a group are further rows of one.
+
+        Args:
+            held: int64 `[R, W]`, positions of the tokens of a chain.
+            starts: int64 `[R]`.
+            shown: S.
+            tree: None for a chain.
+        """
+        if tree is None:
+            seen = self._columns[:shown] <= held[:, :, None]
+        else:
+            behind = (self._columns[:shown] - starts[:, None]).clamp(-1, held.shape[1]) + 1
+            seen = tree.seen[:, behind].transpose(0, 1)
+        return added(seen, self.dtype).repeat(1, self._groups, 1)[:, None]
 
     def keep(self, ways: Tensor, starts: Tensor) -> None:
         """Let tokens of the pass over a tree lie one after another, at the first places of the pass.

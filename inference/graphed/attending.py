@@ -1,0 +1,164 @@
+"""Attention of a few new tokens of each request to what its place holds: one kernel that reads no position in vain.
+
+A general kernel is handed keys up to the longest request's end and a mask, as numbers, that says which of them count;
+cuDNN's takes 12 microseconds so for the 129 tokens of a tree, in each of 30 layers on an H200 (docs/gpu.md). Here every
+request's own length is read on the device, the mask is that of the new tokens among themselves alone, and the query
+heads of a group share what is read.
+
+Letters in shapes: R requests, W new tokens of each, C positions a place holds, E tokens that may be seen besides the
+context, H query heads, G key and value heads, d head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for a CPU comes without it
+    triton = None
+
+_WIDEST_HEAD = 256
+_NARROWEST = 16  # products are of no fewer rows or columns
+_KEYS = 64  # looked at in one step
+_MOST_ROWS = 64  # of queries in one program
+
+
+def can_attend(states: Tensor, *, head_dim: int) -> bool:
+    """Whether the kernel is for such states: on a GPU, in 16 bits. In fp32 its products would be less exact than
+    torch's."""
+    fits = states.is_cuda and states.dtype in (torch.bfloat16, torch.float16) and head_dim <= _WIDEST_HEAD
+    return triton is not None and fits
+
+
+def attend_held(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: Tensor,
+    *,
+    scale: float,
+    rows: Tensor | None = None,
+    among: Tensor | None = None,
+) -> Tensor:
+    """Each new token attends to the context of its request, and to tokens that lie behind it.
+
+    Args:
+        queries: `[R, W, H, d]`, with any strides.
+        keys: `[B, C, G, d]`, the new tokens' own among them.
+        values: likewise, with the same strides.
+        held: int64 `[R]`, positions of the context; all new tokens see these.
+        scale: of the products.
+        rows: int64 `[R]`, the requests' places; None for the first R.
+        among: bool `[W, E]`, which of the E tokens behind the context a new token sees; None where they are the new
+            tokens themselves, one after another, and each sees those before it and itself.
+
+    Returns:
+        `[R, W, H, d]`; zeros of a token that sees nothing.
+    """
+    count, width, heads, dim = queries.shape
+    groups = heads // keys.shape[2]
+    mixed = torch.empty(count, width, heads, dim, dtype=queries.dtype, device=queries.device)
+    block = min(_MOST_ROWS, max(_NARROWEST, 1 << (groups * width - 1).bit_length()))
+    grid = (-(-groups * width // block), keys.shape[2], count)
+    _attend[grid](
+        queries,
+        keys,
+        values,
+        held,
+        held if rows is None else rows,
+        held if among is None else among,
+        mixed,
+        width,
+        width if among is None else among.shape[1],
+        0 if among is None else among.stride(0),
+        scale * 1.4426950408889634,  # powers of two are what a GPU has
+        *queries.stride()[:3],
+        *keys.stride()[:3],
+        *mixed.stride()[:3],
+        IN_PLACE=rows is None,
+        CHAIN=among is None,
+        GROUPS=groups,
+        DIM=dim,
+        WIDE=max(_NARROWEST, 1 << (dim - 1).bit_length()),
+        ROWS=block,
+        KEYS=_KEYS,
+        num_warps=4,
+    )
+    return mixed
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _attend(  # type: ignore[no-untyped-def]
+        queries,
+        keys,
+        values,
+        held,
+        places,
+        among,
+        mixed,
+        width,
+        behind,
+        among_row,
+        scale,
+        query_request,
+        query_token,
+        query_head,
+        key_place,
+        key_token,
+        key_head,
+        mixed_request,
+        mixed_token,
+        mixed_head,
+        IN_PLACE: tl.constexpr,
+        CHAIN: tl.constexpr,
+        GROUPS: tl.constexpr,
+        DIM: tl.constexpr,
+        WIDE: tl.constexpr,
+        ROWS: tl.constexpr,
+        KEYS: tl.constexpr,
+    ):
+        part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        place = request if IN_PLACE else tl.load(places + request)
+        start = tl.load(held + request)
+        row = part * ROWS + tl.arange(0, ROWS)
+        token, own_head = row // GROUPS, head * GROUPS + row % GROUPS
+        is_row = token < width
+        column, step = tl.arange(0, WIDE), tl.arange(0, KEYS)
+        is_column = column < DIM
+        at = request * query_request + token * query_token + own_head * query_head
+        query = tl.load(queries + at[:, None] + column, mask=is_row[:, None] & is_column, other=0.0)
+        # All that the last token of these rows may see.
+        end = start + tl.minimum((part * ROWS + ROWS - 1) // GROUPS + 1, width) if CHAIN else start + behind
+        key_base = keys + place.to(tl.int64) * key_place + head * key_head
+        value_base = values + place.to(tl.int64) * key_place + head * key_head
+        most = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, WIDE], tl.float32)
+        for first in range(0, end, KEYS):
+            position = first + step
+            further = position - start
+            if CHAIN:
+                seen = further[None, :] <= token[:, None]
+            else:
+                is_among = is_row[:, None] & (further >= 0) & (further < behind)
+                told = tl.load(among + token[:, None] * among_row + further, mask=is_among, other=0)
+                seen = (further < 0) | (told != 0)
+            is_there = (position < end)[:, None] & is_column
+            offsets = position[:, None].to(tl.int64) * key_token + column
+            key = tl.load(key_base + offsets, mask=is_there, other=0.0)
+            value = tl.load(value_base + offsets, mask=is_there, other=0.0)
+            product = tl.where(seen & (position < end), tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+            higher = tl.maximum(most, tl.max(product, 1))
+            # Of a token that has seen nothing yet the difference would not be a number.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(product - base[:, None])
+            kept = tl.exp2(most - base)
+            total = total * kept + tl.sum(weight, 1)
+            sums = sums * kept[:, None] + tl.dot(weight.to(value.dtype), value)
+            most = higher
+        shares = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        to = request * mixed_request + token * mixed_token + own_head * mixed_head
+        tl.store(mixed + to[:, None] + column, shares.to(query.dtype), mask=is_row[:, None] & is_column)

@@ -1,0 +1,139 @@
+"""The kernel that attends to what places hold: said plainly, it is put in its place on a CPU, where rounds must then
+read what they read without it; on a GPU the kernel is held against it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference.graphed import contexts, target
+from inference.graphed.attending import attend_held, can_attend
+from inference.graphed.decode import GraphedDecoder
+from inference.graphed.engine import GraphedEngine
+from inference.graphed.rounds import Rounds
+from inference.request import Request
+from inference.sampling_settings import SamplingSettings
+from inference.trees import Tree
+from tests.inference.families import lean_model
+from tests.inference.test_feature_drafts import CONFIGS, network_for
+from tests.inference.test_graphed import prompt
+
+GREEDY = Request(settings=SamplingSettings(), max_new_tokens=24)
+CROOKED = Tree.of([(1,), (3,), (3, 2), (3, 4), (3, 2, 0), (3, 4, 1)])
+
+
+def attended(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: Tensor,
+    *,
+    scale: float,
+    rows: Tensor | None = None,
+    among: Tensor | None = None,
+) -> Tensor:
+    """What `attend_held` gives, request by request and head by head."""
+    count, width, heads, _ = queries.shape
+    groups = heads // keys.shape[2]
+    own = torch.ones(width, width, dtype=torch.bool).tril() if among is None else among.cpu()
+    mixed = torch.zeros(queries.shape, dtype=torch.float32)
+    for request in range(count):
+        place = request if rows is None else int(rows[request])
+        end = int(held[request]) + own.shape[1]
+        seen = torch.cat([own.new_ones(width, int(held[request])), own], dim=1)
+        for head in range(heads):
+            key, value = (states[place, :end, head // groups].float().cpu() for states in (keys, values))
+            products = (queries[request, :, head].float().cpu() @ key.T * scale).masked_fill(~seen, -torch.inf)
+            mixed[request, :, head] = products.softmax(-1).nan_to_num(0.0) @ value
+    return mixed.to(queries)
+
+
+def test_the_kernel_is_for_16_bits_on_a_gpu() -> None:
+    assert not can_attend(torch.zeros(1, dtype=torch.bfloat16), head_dim=64)
+
+
+@pytest.fixture
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (target, contexts):
+        monkeypatch.setattr(module, "can_attend", lambda states, head_dim: True)
+        monkeypatch.setattr(module, "attend_held", attended)
+
+
+@pytest.mark.usefixtures("by_kernel")
+@pytest.mark.parametrize("tree", [None, CROOKED], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_rounds_ask_the_kernel_for_what_they_read_without_it(
+    kind: str, tree: Tree | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lean_model("llama", max_position_embeddings=256)
+
+    def decoder() -> GraphedDecoder:
+        network = network_for(CONFIGS[kind], model)
+        return GraphedDecoder(Rounds(model, network, block=network.block, capacity=256, tree=tree))
+
+    # The last prompt is read in several pieces.
+    prompts = [prompt(count, seed=count) for count in (1, 2, 20, 150)]
+    kernel = decoder()
+    found = [kernel.decode(tokens, request=GREEDY, seed=0) for tokens in prompts]
+    monkeypatch.undo()
+    plain = decoder()
+    for tokens, own in zip(prompts, found, strict=True):
+        wanted = plain.decode(tokens, request=GREEDY, seed=0)
+        # The same proposals stand, so the draft read the same.
+        assert (own.tokens, own.passes) == (wanted.tokens, wanted.passes)
+
+
+@pytest.mark.usefixtures("by_kernel")
+def test_many_requests_ask_the_kernel_for_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lean_model("llama", max_position_embeddings=256)
+    prompts = [prompt(count, seed=count) for count in (9, 1, 70, 3, 2, 20, 5)]
+
+    def answers() -> list[list[int]]:
+        network = network_for(CONFIGS["eagle3"], model)
+        engine = GraphedEngine(Rounds(model, network, block=network.block, batch=3, capacity=256))
+        handles = [engine.submit(tokens, GREEDY, seed=0) for tokens in prompts]
+        while not engine.idle:
+            engine.step()
+        return [handle.result.tokens for handle in handles]
+
+    found = answers()
+    monkeypatch.undo()
+    assert found == answers()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("requests", "width", "heads", "groups", "dim", "capacity"),
+    [
+        (1, 1, 9, 3, 64, 128),
+        (1, 145, 9, 3, 64, 512),
+        (64, 5, 9, 3, 64, 320),
+        (3, 7, 4, 2, 16, 64),
+        (2, 37, 8, 1, 128, 200),
+        (1, 512, 9, 3, 64, 1024),
+        (2, 3, 4, 1, 24, 70),
+    ],
+)
+def test_the_kernel_attends_as_said(
+    dtype: torch.dtype, requests: int, width: int, heads: int, groups: int, dim: int, capacity: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = requests + 2
+    queries = torch.randn(requests, heads, width, dim, generator=generator).to("cuda", dtype).transpose(1, 2)
+    keys, values = (
+        torch.randn(places, capacity, heads // groups, dim, generator=generator).to("cuda", dtype) for _ in range(2)
+    )
+    assert can_attend(queries, head_dim=dim)
+    held = torch.randint(capacity - width - 2, (requests,), generator=generator).cuda()
+    held[0] = 0
+    rows = torch.randperm(places, generator=generator)[:requests].cuda()
+    sees = (torch.rand(width + 1, width + 2, generator=generator) < 0.3).cuda()
+    sees[1] = False  # a token that sees nothing but the context, of which the first request has none
+    for own_rows in (None, rows):
+        for among in (None, sees[1:]):
+            given = {"scale": 0.7 * dim**-0.5, "rows": own_rows, "among": among}
+            found = attend_held(queries, keys, values, held, **given)  # type: ignore[arg-type]
+            wanted = attended(queries, keys, values, held, **given)  # type: ignore[arg-type]
+            torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+            if among is not None:
+                assert not found[0, 0].any()
