@@ -66,5 +66,11 @@ def read_draft_spec(folder: Path) -> dict[str, object]:
 def lookahead_words(settings: Mapping[str, Any]) -> str:
     """How much a pair proposes, for people: the policy, its longest block, and the size of its tree."""
     words = f"{settings.get('kind', '-')} lookahead of {settings.get('tokens')}"
+    size = tree_size(settings)
+    return f"{words}, trees of {size} when greedy and captured" if size else words
+
+
+def tree_size(settings: Mapping[str, Any]) -> int:
+    """Tokens of the tree of a policy, drafted and copied; 0 without one in the form that is written now."""
     tree = settings.get(TREE_KEY)
-    return f"{words}, trees of {len(tree)} when greedy and captured" if isinstance(tree, list) else words
+    return len(tree["paths"]) + tree["lookup"] if isinstance(tree, dict) else 0

@@ -1,12 +1,14 @@
 """Which tree a draft should propose: the target answers prompts, and what it went on with says which paths are worth
 their place; and whether any tree is worth what its rounds take."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from inference.drafters.feature import FeatureDrafter
 from inference.graphed.decode import GraphedDecoder
+from inference.graphed.written import num_copied
 from inference.prescore.responses import fixed_response
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
@@ -22,6 +24,7 @@ def continuations(
     prompts: Sequence[ScorePrompt],
     *,
     depth: int,
+    lookup: int,
     max_new_tokens: int,
     stop_tokens: frozenset[int],
 ) -> Continuations:
@@ -32,6 +35,7 @@ def continuations(
         drafter: whose ranks are wanted.
         prompts: on which the tree is chosen; never those it is measured on.
         depth: most tokens of a path.
+        lookup: most tokens that a tree copies; 0 for none.
         max_new_tokens: per answer.
         stop_tokens: end an answer.
     """
@@ -42,7 +46,8 @@ def continuations(
         response = fixed_response(
             target, prompt, answer, settings=_GREEDY, max_new_tokens=max_new_tokens, taps=tuple(drafter.taps)
         )
-        known.add(drafter.continuation_ranks(response, depth=depth).tolist())
+        copied = num_copied(response.tokens, response.first, count=lookup).tolist() if lookup else None
+        known.add(drafter.continuation_ranks(response, depth=depth).tolist(), copied)
     return known
 
 
@@ -76,19 +81,27 @@ class WeighedTree:
 
 
 def weigh_trees(
-    decoder: GraphedDecoder, known: Continuations, *, tokens: int, sizes: Sequence[int], depth: int
+    decoder: GraphedDecoder,
+    known: Continuations,
+    *,
+    tokens: int,
+    sizes: Sequence[int],
+    depths: Sequence[int],
+    lookup: int,
 ) -> list[WeighedTree]:
-    """The chain, and after it the best tree of every size, each with its tau and what its rounds take here.
+    """The chain, and after it the best tree of every size and depth, each with its tau and what its rounds take here.
 
     Args:
         decoder: of the target and the draft.
-        known: what the target went on with, at least as deep as chain and trees.
+        known: what the target went on with, at least as deep as chain and trees, and so much of it copied.
         tokens: of the chain.
-        sizes: nodes of the trees; where fewer paths were seen, the same tree is weighed once.
-        depth: most tokens of a path of a tree.
+        sizes: drafted nodes of the trees; where fewer paths were seen, the same tree is weighed once.
+        depths: most tokens of a path of a tree.
+        lookup: tokens that every tree copies.
     """
     chain = Tree.chain(tokens)
-    trees = dict.fromkeys(known.best(size, depth=depth) for size in sorted(sizes))
+    shapes = itertools.product(sorted(sizes), sorted(depths))
+    trees = dict.fromkeys(known.best(size, depth=depth, lookup=lookup) for size, depth in shapes)
     proposed: list[tuple[Tree, int | Tree]] = [(chain, tokens), *((tree, tree) for tree in trees if tree != chain)]
     return [WeighedTree(tree, known.tau(tree), decoder.timed(asked, sampled=False).whole) for tree, asked in proposed]
 

@@ -87,12 +87,13 @@ def _decoder(cfg: RunConfig, arm: Arm) -> GraphedDecoder:
     block = min(cfg.lookahead.tokens or cfg.lookahead.longest_auto, longest_block(arm.drafter))
     tokens = cfg.score.max_prompt_tokens + cfg.decode.max_new_tokens
     # With room for the largest tree that may be chosen.
-    capacity = capacity_for(arm.target, tokens, block=max([block, *_tree_sizes(cfg, arm.drafter)]))
+    trees = [size + cfg.lookahead.tree_lookup for size in _tree_sizes(cfg, arm.drafter)]
+    capacity = capacity_for(arm.target, tokens, block=max([block, *trees]))
     return decoder_of_capacity(arm.target, arm.drafter, block=block, capacity=capacity)
 
 
 def _tree_sizes(cfg: RunConfig, drafter: Drafter) -> list[int]:
-    """Sizes of the trees that a captured draft may be given; none where no request is greedy."""
+    """Sizes of the trees that a captured draft may be given, in drafted tokens; none where no request is greedy."""
     return cfg.lookahead.trees if isinstance(drafter, FeatureDrafter) and 0.0 in cfg.score.temperatures else []
 
 
@@ -113,25 +114,28 @@ def with_tree(
     sizes = _tree_sizes(cfg, drafter)
     if arm.captured is None or not sizes or not isinstance(drafter, FeatureDrafter):
         return choice
-    depth = min(cfg.lookahead.tree_depth, drafter.network.deepest)
+    depths = sorted({min(depth, drafter.network.deepest) for depth in cfg.lookahead.tree_depths})
+    lookup = cfg.lookahead.tree_lookup
     known = continuations(
         arm.captured,
         drafter,
         prompts,
-        depth=max(depth, choice.tokens),
+        depth=max(*depths, choice.tokens),
+        lookup=lookup,
         max_new_tokens=cfg.decode.max_new_tokens,
         stop_tokens=stops,
     )
-    weighed = weigh_trees(arm.captured, known, tokens=choice.tokens, sizes=sizes, depth=depth)
+    weighed = weigh_trees(arm.captured, known, tokens=choice.tokens, sizes=sizes, depths=depths, lookup=lookup)
     tree, chain = fastest_tree(weighed), weighed[0]
     best = max(weighed[1:], key=lambda one: one.rate, default=chain)
     logger.info(
-        "%s: greedy rounds propose %s; the best tree has %d tokens, %d deep: tau %.2f expected, %.2f times as fast as "
-        "the chain of %d (tau %.2f)",
+        "%s: greedy rounds propose %s; the best tree has %d tokens, drafted %d deep and %d copied: tau %.2f expected, "
+        "%.2f times as fast as the chain of %d (tau %.2f)",
         arm.name,
         "the chain" if tree is None else "the tree",
         best.tree.size,
-        best.tree.depth,
+        best.tree.drafted_depth,
+        best.tree.lookup,
         best.tau,
         best.rate / chain.rate,
         choice.tokens,
@@ -195,7 +199,8 @@ def _trees_markdown(plan: "ScorePlan") -> str:
         [
             name,
             f"{'chain' if one is choice.weighed[0] else 'tree'} of {one.tree.size}",
-            str(one.tree.depth),
+            str(one.tree.drafted_depth),
+            str(one.tree.lookup),
             f"{one.tau:.2f}",
             f"{1e3 * one.seconds:.2f}",
             f"{one.rate / choice.weighed[0].rate:.2f}",
@@ -206,8 +211,9 @@ def _trees_markdown(plan: "ScorePlan") -> str:
     ]
     if not rows:
         return ""
-    header = ["draft", "proposed", "deep", "expected tau", "ms a round", "times the chain", "chosen"]
+    header = ["draft", "proposed", "drafted deep", "copied", "expected tau", "ms a round", "times the chain", "chosen"]
     return (
-        "\nWhere a tree was chosen it is what greedy rounds propose; sampled ones propose the chain. Trees are made "
-        "and weighed on validation prompts.\n\n" + markdown_table(header, rows)
+        "\nWhere a tree was chosen it is what greedy rounds propose; sampled ones propose the chain. What is "
+        "copied from the text is a branch of its own beside the drafted ones. Trees are made and weighed on validation "
+        "prompts.\n\n" + markdown_table(header, rows)
     )

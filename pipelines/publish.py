@@ -283,7 +283,11 @@ def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dic
             own.kind,
         )
     fixed = FixedConfig(
-        longest_auto=own.longest_auto, siblings_auto=own.siblings_auto, trees=own.trees, tree_depth=own.tree_depth
+        longest_auto=own.longest_auto,
+        siblings_auto=own.siblings_auto,
+        trees=own.trees,
+        tree_depths=own.tree_depths,
+        tree_lookup=own.tree_lookup,
     )
     tree = captured.get("tree")
     return {**plain(asdict(fixed)), "tokens": tokens, **({} if tree is None else {TREE_KEY: tree})}

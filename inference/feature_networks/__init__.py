@@ -239,8 +239,8 @@ class FeatureNetwork(nn.Module):
         """
         if self.fitting_tree(tree) != tree:
             raise ValueError(
-                f"a tree of {tree.depth} levels and up to {tree.most_children} tokens after one; the draft goes on to "
-                f"{self.deepest} tokens and knows {self.known_tokens}"
+                f"a tree of {tree.drafted_depth} levels and up to {tree.most_children} tokens after one; the draft "
+                f"goes on to {self.deepest} tokens and knows {self.known_tokens}"
             )
 
     def begin_tree(self, anchors: Tensor, cache: TreeContext, depth: int) -> Any:

@@ -25,10 +25,10 @@ def accept_greedy(tokens: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accept_tree(ids: Tensor, choices: Tensor, plan: TreePlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the path of a tree that is the target's own choice.
+    """Keep the longest way of a tree that is the target's own choice.
 
     Args:
-        ids: int64 `[B, W]`, anchor and nodes; of a node's children all are different.
+        ids: int64 `[B, W]`, anchor and nodes; of a node's children two may be the same token, and either may go on.
         choices: int64 `[B, W]`, the target's likeliest token after each.
         plan: of the tree.
 

@@ -14,6 +14,7 @@ from inference.feature_networks import FeatureNetwork
 from inference.graphed.contexts import StaticContext
 from inference.graphed.programs import Programs
 from inference.graphed.target import ALIGNMENT, StaticTarget
+from inference.graphed.written import Written
 
 # Prompts are read together in passes of so many; few sizes, since each is a graph of its own.
 _ROWS = (1, 4, 16, 64)
@@ -29,11 +30,13 @@ class Places:
         anchors: int64 `[B]`.
         lengths: int64 `[B]`.
         active: int64 `[B]`.
+        written: their tokens; None where nothing is copied from them.
     """
 
     anchors: Tensor
     lengths: Tensor
     active: Tensor
+    written: Written | None
 
 
 class PromptReader:
@@ -119,6 +122,8 @@ class PromptReader:
             context.reading(places, counts, width=width)
             self._network.read(features.flatten(0, 1), tokens[:, 1:].flatten(), context)
             context.read(ends)
+        if self._places.written is not None:
+            self._places.written.write(places, starts, tokens)
         self._places.lengths.index_copy_(0, places, ends)
         # After a prompt's last piece this is its last token.
         self._places.anchors.index_copy_(0, places, tokens.gather(1, counts[:, None])[:, 0])

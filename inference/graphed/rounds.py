@@ -1,7 +1,8 @@
 """One round of B requests in fixed shapes: draft a block, verify it, accept, read what stands; captured as one graph.
 
-What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or a tree. A round
-may be of the first requests alone and of a shorter block: what it shares with larger ones are weights and buffers.
+What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or a tree, of which a branch may be
+copied from the text (`inference.graphed.written`). A round may be of the first requests alone and of a shorter block:
+what it shares with larger ones are weights and buffers.
 Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd the draft's; of a tree, N nodes and D
 depth.
 """
@@ -21,6 +22,7 @@ from inference.graphed.likeliest import likeliest
 from inference.graphed.programs import Programs
 from inference.graphed.prompts import Places, PromptReader, power_of_two
 from inference.graphed.target import ALIGNMENT, StaticTarget
+from inference.graphed.written import Written
 from inference.model import CausalModel
 from inference.randomness import drawn
 from inference.sampling import process_logits
@@ -67,6 +69,7 @@ class Rounds:
         signals: fp64 `[B, G, 2]`, what was known of each token of the last recorded block before it was drawn; see
             `SIGNALS`. Other rounds leave it as it is.
         plan: the tree as tensors; None without one.
+        written: the tokens of all requests; None where no tree copies from them.
         programs: what is captured of rounds and prompts.
 
     Raises:
@@ -134,9 +137,13 @@ class Rounds:
         self.emitted = torch.zeros(batch, self.longest + 2, dtype=torch.long, device=device)
         self.signals = torch.zeros(batch, block, len(SIGNALS), dtype=torch.float64, device=device)
         self._every = torch.arange(batch, device=device)
+        # What a round emits is written whole, beyond the end of a request that fills its place too.
+        positions = capacity + self.longest + 1
+        copies = tree is not None and tree.lookup > 0
+        self.written = Written(batch, positions=positions, device=device) if copies else None
         self._compiled = compiled
         self.programs = Programs(device, self._state, compiled=compiled)
-        places = Places(self.anchors, self.lengths, self.active)
+        places = Places(self.anchors, self.lengths, self.active, self.written)
         self._prompts = PromptReader(self.target, network, self.context, places, self.programs)
 
     # What is asked of it
@@ -183,6 +190,8 @@ class Rounds:
             if len(prompt) == 1:
                 self._reset(place, active=1)
                 self.anchors[place].fill_(prompt[0])
+                if self.written is not None:
+                    self.written.begin(place, prompt[0])
         self._prompts.read([(place, prompt) for place, prompt in requests.items() if len(prompt) > 1])
 
     def leave(self, place: int) -> None:
@@ -201,6 +210,8 @@ class Rounds:
         self.target.move(source, place, length=min(length, self.capacity))
         if self.context is not None:
             self.context.move(source, place)
+        if self.written is not None:
+            self.written.move(source, place)
         for tensor in (self.anchors, self.lengths, self.active, self.temperatures):
             tensor[place] = tensor[source]
         self.leave(source)
@@ -219,6 +230,8 @@ class Rounds:
         """
         lengths: Sequence[int | None] = blocks or [None]
         sizes = sorted({self.shown(longest, sampled=sampled) for longest in range(0, self.capacity, ALIGNMENT)})
+        # What was timed or answered before may be longer than what the first sizes show.
+        self.reset()
         for count, block, shown in itertools.product(places or [self.batch], lengths, sizes):
             self.round(shown=shown, sampled=sampled, places=count, block=block)
             self.reset()
@@ -336,6 +349,8 @@ class Rounds:
         if self.context is not None and self.network is not None:
             self.context.reading(self._every[:places], written, width=count)
             self.network.read(features.flatten(0, 1), emitted.flatten(), self.context)
+        if self.written is not None:
+            self.written.write(self._every[:places], lengths + 1, emitted)
         anchors.copy_(emitted.gather(1, stood[:, None])[:, 0])
         # Ballast stays where it is, or it would come to its place's end.
         lengths.addcmul_(written, self.active[:places])
@@ -379,13 +394,14 @@ class Rounds:
         return self.noise[:places].log().float()
 
     def _draft_tree(self, plan: TreePlan, places: int, shown: int, noise: Tensor | None) -> Tensor:
-        """The nodes' tokens, int64 `[B, N]`, by depth; of a greedy round without noise."""
+        """The nodes' tokens, int64 `[B, N]`, the drafted ones by depth, then the copied ones; of a greedy round without
+        noise."""
         network, context, anchors = self.network, self.context, self.anchors[:places]
         assert network is not None and context is not None, "a tree is drafted"
         context.shown = shown
         context.drafting(places)
         context.branching()
-        block, tokens = network.begin_tree(anchors, context, plan.tree.depth), anchors[:, None]
+        block, tokens = network.begin_tree(anchors, context, plan.tree.drafted_depth), anchors[:, None]
         if noise is not None and network.vocabulary is not None:
             noise = noise[:, :, network.vocabulary]
         levels = []
@@ -399,6 +415,8 @@ class Rounds:
                 index = index.index_select(1, level.taken)
             tokens = index if network.vocabulary is None else network.vocabulary[index]
             levels.append(tokens)
+        if self.written is not None:
+            levels.append(self.written.copied(self.lengths[:places], shown=shown, count=plan.tree.lookup))
         return torch.cat(levels, dim=1)
 
     def _processed(self, logits: Tensor, temperatures: Tensor) -> Tensor:

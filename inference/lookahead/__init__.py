@@ -157,9 +157,10 @@ class BlockConfig:
         longest_auto: longest block that the automatic choice may take.
         siblings: tokens offered beside the one at each position, where `tokens` is set.
         siblings_auto: most of them beside one position that the automatic choice may take; 0 for chains alone.
-        trees: sizes, in tokens a round, of the trees that the score tries for greedy captured rounds; the one that pays
-            most on validation prompts is taken in place of the chain, if any does. Empty for chains alone.
-        tree_depth: most tokens of a path of a tree.
+        trees: sizes, in drafted tokens a round, of the trees that the score tries for greedy captured rounds; the one
+            that pays most on validation prompts is taken in place of the chain, if any does. Empty for chains alone.
+        tree_depths: most drafted tokens of a path of a tree; every size is tried with each.
+        tree_lookup: tokens of one more branch of every tree, copied from where the text's end stood before; 0 for none.
         weighs_costs: whether the policy needs measured seconds.
         calibrates: whether the policy goes by chances, which are worth calibrating first.
         learns: whether requests change what later requests are proposed.
@@ -175,7 +176,8 @@ class BlockConfig:
     siblings: list[int] = field(default_factory=list)
     siblings_auto: int = 3
     trees: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
-    tree_depth: int = 8
+    tree_depths: list[int] = field(default_factory=lambda: [5, 6, 8])
+    tree_lookup: int = 16
 
     def __post_init__(self) -> None:
         if self.tokens < 0:
@@ -188,8 +190,10 @@ class BlockConfig:
             raise ValueError("lookahead.siblings needs a block length of your own; set lookahead.tokens as well")
         if any(size < 1 for size in self.trees):
             raise ValueError(f"lookahead.trees is {self.trees}; give sizes of at least 1, or [] for chains alone")
-        if self.tree_depth < 1:
-            raise ValueError(f"lookahead.tree_depth is {self.tree_depth}; use at least 1")
+        if not self.tree_depths or any(depth < 1 for depth in self.tree_depths):
+            raise ValueError(f"lookahead.tree_depths is {self.tree_depths}; give depths of at least 1")
+        if self.tree_lookup < 0:
+            raise ValueError(f"lookahead.tree_lookup is {self.tree_lookup}; use 0 for none or a number of tokens")
 
     def build(self, tokens: int, siblings: Sequence[int] = (), measured: Measured | None = None) -> "Lookahead":
         """The policy, with the longest block and the siblings that were chosen for one draft.

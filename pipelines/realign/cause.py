@@ -215,10 +215,10 @@ def _runs(
     request = Request(
         settings=SamplingSettings(temperature=0.0), max_new_tokens=max_new_tokens, stop_tokens=stop_tokens(target)
     )
-    paths, rounds = settings.get(TREE_KEY), None
-    if paths is not None:
+    data, rounds = settings.get(TREE_KEY), None
+    if data is not None:
         longest = max(int(prompt.tokens.shape[0]) for prompt in prompts) + max_new_tokens
-        tree = Tree.from_json(paths, where=PAIR_FILE)
+        tree = Tree.from_json(data, where=PAIR_FILE)
         rounds = captured_decoder(target, drafter, block=lookahead.longest, tokens=longest, tree=tree)
     found = []
     for prompt, then in zip(tracked(prompts, name, unit="prompts"), before, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from inference.pair_files import TREE_KEY
+from inference.pair_files import TREE_KEY, tree_size
 from inference.statistics import BASELINE, OVERALL, find_card
 from inference.target import EMBEDDED
 from pipelines.advice import prompts_of
@@ -289,8 +289,7 @@ def lineage(contents: Contents) -> Table:
 
 def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a policy, of its tree the number of tokens alone."""
-    tree = settings.get(TREE_KEY)
-    return dict(settings) if tree is None else {**settings, TREE_KEY: len(tree)}
+    return {**settings, TREE_KEY: tree_size(settings)} if settings.get(TREE_KEY) else dict(settings)
 
 
 def _pairs(data: Mapping[str, Any]) -> str:

@@ -218,11 +218,11 @@ def test_trees_are_weighed_against_the_chain_by_what_their_rounds_take(
         tree = None if rounds.plan is None else rounds.plan.tree
         timed.append((rounds.block, tree))
         assert not sampled
-        return RoundSeconds(1.0, 0.5, 0.5) if tree is None else RoundSeconds(0.5 * tree.size, 0.0, 0.0)
+        return RoundSeconds(1.0, 0.5, 0.5) if tree is None else RoundSeconds(0.5 * len(tree.paths), 0.0, 0.0)
 
     monkeypatch.setattr(decode_module, "round_seconds", seconds)
     decoder = captured(target, network)
-    weighed = weigh_trees(decoder, known, tokens=1, sizes=[2, 1, 64], depth=2)
+    weighed = weigh_trees(decoder, known, tokens=1, sizes=[2, 1, 64], depths=[2, 1], lookup=0)
     one, two = Tree.of([(1,)]), Tree.of([(1,), (1, 0)])
     # Tokens of four: in four rounds by the chain, in two by the node that was seen, and no more by the one below it.
     assert [(each.tree, each.tau, each.seconds) for each in weighed] == [
@@ -234,7 +234,12 @@ def test_trees_are_weighed_against_the_chain_by_what_their_rounds_take(
     assert fastest_tree(weighed) == one
     nothing = Continuations()
     nothing.add([[-1, -1]])
-    assert weigh_trees(decoder, nothing, tokens=1, sizes=[4], depth=2) == weighed[:1], "that is the chain"
+    alone = weigh_trees(decoder, nothing, tokens=1, sizes=[4], depths=[2], lookup=0)
+    assert alone == weighed[:1], "that is the chain"
+    # With what is copied it is another tree, whether or not any of it is right.
+    copying = weigh_trees(decoder, nothing, tokens=1, sizes=[4, 8], depths=[1, 2], lookup=3)
+    assert [(each.tree, each.tau) for each in copying] == [(Tree.chain(1), 1.0), (Tree.chain(1, lookup=3), 1.0)]
+    assert copying[1].tree.to_json() == {"paths": [[0]], "lookup": 3}
 
 
 def test_rounds_are_timed_whole_and_by_part(target: CausalModel, network: FeatureNetwork) -> None:

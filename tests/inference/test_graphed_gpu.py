@@ -24,7 +24,7 @@ from inference.trees import Tree
 from tests.inference.families import family_model, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
 from tests.inference.test_graphed import near, plainly, prompt
-from tests.inference.test_trees import BUSHY, replayed
+from tests.inference.test_trees import BUSHY, COPYING, replayed
 
 pytestmark = pytest.mark.gpu
 # More than a hundred nodes, as a measured tree has.
@@ -64,17 +64,20 @@ def test_captured_rounds_give_the_ordinary_decoders_tokens(exact: CausalModel, k
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "dspark", "eagle3"])
-def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: str, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tree"),
+    [("dflash", BUSHY), ("dspark", BUSHY), ("eagle3", BUSHY), ("dspark", COPYING), ("eagle3", COPYING)],
+)
+def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: str, tree: Tree, compiled: bool) -> None:
     network = network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
     network.bind(exact)
-    decoder = GraphedDecoder(Rounds(exact, network, block=network.block, capacity=256, compiled=compiled, tree=BUSHY))
+    decoder = GraphedDecoder(Rounds(exact, network, block=network.block, capacity=256, compiled=compiled, tree=tree))
     on_host = network_for(CONFIGS[kind], family_on_cpu())
     same = GraphedDecoder(
-        Rounds(lean_model("llama", max_position_embeddings=256), on_host, block=network.block, capacity=256, tree=BUSHY)
+        Rounds(lean_model("llama", max_position_embeddings=256), on_host, block=network.block, capacity=256, tree=tree)
     )
-    for seed in (3, 4, 5):
-        tokens = prompt(20, seed=seed)
+    # Also a prompt that repeats itself, and one of one token.
+    for tokens in (prompt(1), prompt(20, seed=3), prompt(20, seed=4), prompt(20, seed=5).repeat(4)):
         given = decoder.decode(tokens.cuda(), request=GREEDY, seed=0)
         assert given.tokens == plainly(exact, None, tokens.cuda(), GREEDY).tokens
         # Nor does the device propose other tokens than a CPU.
@@ -83,11 +86,14 @@ def test_captured_trees_give_the_targets_own_tokens(exact: CausalModel, kind: st
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
-def test_sampled_trees_emit_the_targets_draws_by_their_noise(exact: CausalModel, kind: str, compiled: bool) -> None:
+@pytest.mark.parametrize(("kind", "lookup"), [("dspark", 0), ("eagle3", 0), ("eagle3", 16)])
+def test_sampled_trees_emit_the_targets_draws_by_their_noise(
+    exact: CausalModel, kind: str, lookup: int, compiled: bool
+) -> None:
     network = network_for(CONFIGS[kind], family_on_cpu()).float().cuda()
     network.bind(exact)
-    rounds = Rounds(exact, network, block=0, capacity=256, compiled=compiled, tree=WIDE, tree_when_sampled=True)
+    tree = Tree(WIDE.paths, lookup)
+    rounds = Rounds(exact, network, block=0, capacity=256, compiled=compiled, tree=tree, tree_when_sampled=True)
     assert sum(replayed(exact, rounds, prompt(20).cuda(), temperature=1.0, seed=1)) > 8
 
 
@@ -160,7 +166,7 @@ def test_recorded_rounds_are_captured_and_note_what_the_ordinary_decoder_knows(e
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("tree", [None, BUSHY, WIDE], ids=["chain", "bushy", "wide"])
+@pytest.mark.parametrize("tree", [None, BUSHY, WIDE, COPYING], ids=["chain", "bushy", "wide", "copying"])
 def test_half_precision_leaves_greedy_tokens_at_near_ties_alone(tree: Tree | None, compiled: bool) -> None:
     target = model(torch.bfloat16, "bf16")
     network = network_for(CONFIGS["eagle3"], family_on_cpu()).to("cuda", torch.bfloat16)

@@ -423,7 +423,9 @@ def test_kinds_are_their_modules_names(module: object) -> None:
         ({"tokens": 2, "siblings": [1, -1]}, "lookahead.siblings and lookahead.siblings_auto count tokens"),
         ({"tokens": 0, "siblings": [1]}, "set lookahead.tokens as well"),
         ({"trees": [16, 0]}, r"lookahead.trees is \[16, 0\]; give sizes of at least 1"),
-        ({"tree_depth": 0}, "lookahead.tree_depth is 0; use at least 1"),
+        ({"tree_depths": [6, 0]}, r"lookahead.tree_depths is \[6, 0\]; give depths of at least 1"),
+        ({"tree_depths": []}, r"lookahead.tree_depths is \[\]; give depths of at least 1"),
+        ({"tree_lookup": -1}, "lookahead.tree_lookup is -1; use 0 for none or a number of tokens"),
     ],
 )
 def test_lengths_out_of_range_are_refused(module: object, values: dict[str, int], message: str) -> None:

@@ -292,18 +292,24 @@ def test_a_request_for_which_the_device_has_no_room_is_the_ordinary_decoders(
 # Trees
 
 BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+COPYING = Tree(BUSHY.paths, lookup=5)
 TREE: dict[str, Any] = {**FIXED, "tree": BUSHY.to_json()}
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def of_paths(*paths: list[int]) -> dict[str, Any]:
+    """A tree in a file, or what is none."""
+    return {**FIXED, "tree": {"paths": list(paths), "lookup": 0}}
+
+
+@pytest.mark.parametrize(("kind", "tree"), [("eagle3", BUSHY), ("dspark", BUSHY), ("eagle3", COPYING)])
 def test_greedy_answers_by_a_tree_are_the_targets_own(
-    load: Callable[..., Pair], ordinary: list[Request], kind: str
+    load: Callable[..., Pair], ordinary: list[Request], kind: str, tree: Tree
 ) -> None:
-    pair = load(kind, lookahead=TREE)
+    pair = load(kind, lookahead={**FIXED, "tree": tree.to_json()})
     alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
     for prompt, tokens in ((QUESTION, 40), ("x", 1), ("a longer question " * 6, 500)):
         given = pair.generate(prompt, max_new_tokens=tokens).decoded
-        assert not ordinary and set(given.blocks) == {BUSHY.size}
+        assert not ordinary and set(given.blocks) == {tree.size}
         assert given.tokens == alone.generate(prompt, max_new_tokens=tokens).decoded.tokens
         ordinary.clear()
     decoder = rounds_of(pair)._decoder
@@ -345,13 +351,14 @@ def test_a_record_of_traffic_says_that_rounds_were_of_a_tree(load: Callable[...,
 @pytest.mark.parametrize(
     ("kind", "lookahead", "reason"),
     [
-        ("eagle3", {**FIXED, "tree": []}, "the tree is off: a tree has nodes"),
-        ("eagle3", {**FIXED, "tree": [[0, 0]]}, "the tree is off: a path of a tree lacks a beginning"),
-        ("eagle3", {**FIXED, "tree": 3}, "the tree is off: "),
+        ("eagle3", of_paths(), "the tree is off: a tree has nodes"),
+        ("eagle3", of_paths([0, 0]), "the tree is off: a path of a tree lacks a beginning"),
+        ("eagle3", {**FIXED, "tree": 3}, "the tree is off: it has paths and a lookup"),
+        ("eagle3", {**FIXED, "tree": [[0]]}, "the tree is off: it has paths and a lookup"),
         ("eagle3", {**FIXED, "tree": Tree.chain(99).to_json()}, "the tree is off: a tree of 99 levels"),
-        ("dspark", {**FIXED, "tree": [[9999]]}, "the tree is off: .* up to 10000 tokens after one"),
+        ("dspark", of_paths([9999]), "the tree is off: .* up to 10000 tokens after one"),
         ("lookup", TREE, "the tree is off: this draft proposes no trees"),
-        ("eagle3", {"kind": "confidence", "tokens": 2, "threshold": 0.3, "tree": [[0]]}, "confidence has no tree"),
+        ("eagle3", {"kind": "confidence", "tokens": 2, "threshold": 0.3, "tree": 1}, "confidence has no tree"),
     ],
 )
 @pytest.mark.parametrize("captured", ["on", "off"])

@@ -20,6 +20,7 @@ from tests.inference.real_drafts import SEED, real_drafter
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 TREE = Tree.of([(a,) for a in range(4)] + [(a, b) for a in range(3) for b in range(3)] + [(0, 0, a) for a in range(3)])
+COPYING = Tree(TREE.paths, lookup=16)
 TOKENS, PROMPTS = 48, 2
 # A checkout may lack the seed.
 CASES = ["dspark", "dflash", *(["seed"] if SEED.is_dir() else [])]
@@ -32,11 +33,12 @@ def decoder_of(kind: str, shared: Path, tree: Tree | None) -> GraphedDecoder:
     return GraphedDecoder(Rounds(fp32_target(), network, block=network.block, capacity=512, tree=tree))
 
 
+@pytest.mark.parametrize("tree", [TREE, COPYING], ids=["drafted", "copying"])
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("kind", CASES)
-def test_greedy_answers_are_the_targets_own(kind: str, domain: str, shared: Path) -> None:
+def test_greedy_answers_are_the_targets_own(kind: str, domain: str, tree: Tree, shared: Path) -> None:
     target = fp32_target()
-    decoder = decoder_of(kind, shared, TREE)
+    decoder = decoder_of(kind, shared, tree)
     request = Request(settings=SamplingSettings(), max_new_tokens=TOKENS, stop_tokens=stop_tokens(target))
     references = greedy_reference(domain, shared)
     passes = emitted = 0
@@ -49,14 +51,17 @@ def test_greedy_answers_are_the_targets_own(kind: str, domain: str, shared: Path
 
 
 @pytest.mark.skipif(not SEED.is_dir(), reason="a checkout without the seed")
-def test_the_chosen_tree_takes_fewer_rounds_than_the_chain(shared: Path) -> None:
+@pytest.mark.parametrize("lookup", [0, 16])
+def test_the_chosen_tree_takes_fewer_rounds_than_the_chain(lookup: int, shared: Path) -> None:
     target, drafter = fp32_target(), real_drafter("seed", shared)
     assert isinstance(drafter, FeatureDrafter)
     chain = decoder_of("seed", shared, None)
     questions = [ScorePrompt(str(i), "maths", prompt) for i, prompt in enumerate(prompts("maths")[2:5])]
-    known = continuations(chain, drafter, questions, depth=6, max_new_tokens=TOKENS, stop_tokens=stop_tokens(target))
-    tree = known.best(16, depth=6)
-    assert tree.size == 16 and known.tau(tree) > 1.1 * known.tau(Tree.chain(drafter.network.block))
+    known = continuations(
+        chain, drafter, questions, depth=6, lookup=lookup, max_new_tokens=TOKENS, stop_tokens=stop_tokens(target)
+    )
+    tree = known.best(16, depth=6, lookup=lookup)
+    assert tree.size == 16 + lookup and known.tau(tree) > 1.1 * known.tau(Tree.chain(drafter.network.block))
     request = Request(settings=SamplingSettings(), max_new_tokens=TOKENS, stop_tokens=stop_tokens(target))
     passes = []
     for decoder in (chain, decoder_of("seed", shared, tree)):

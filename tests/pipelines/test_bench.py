@@ -206,6 +206,7 @@ def test_every_row_is_tested_here() -> None:
         ),
         (["--rows", "startup", "--set", "startup.rounds=x"], "cannot read 'x'"),
         (["--rows", "startup", "--set", "startup.rounds=0"], "startup.rounds is 0; use at least 1"),
+        (["--rows", "captured", "--set", "captured.tree_lookup=-1"], "and tree_lookup of 0 or more"),
         (["--rows", "startup", "--precision", "fp9"], "target.precision is 'fp9'"),
         (["--rows", "target_only", "--target", "/nowhere/at/all"], "no such model folder [/nowhere/at/all]"),
     ],

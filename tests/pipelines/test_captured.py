@@ -229,15 +229,21 @@ def test_a_tree_for_another_draft_is_cut_to_what_there_is() -> None:
     network = network_for(CONFIGS["dspark"], target)
     cfg = SimpleNamespace(score=ScoreConfig(temperatures=[0.0], max_prompt_tokens=100))
     arm = Arm("draft", target, FeatureDrafter(network), FixedLookahead(0), captured(target, network))
-    tree = Tree.chain(network.deepest + 3)
+    tree = Tree.chain(network.deepest + 3, lookup=12)
     decoder = prepared(SimpleNamespace(cfg=cfg), arm, 1, tree)  # type: ignore[arg-type]
-    assert decoder is not None and decoder.tree == Tree.chain(network.deepest) and decoder.rounds.block == 1
+    assert decoder is not None and decoder.rounds.block == 1
+    assert decoder.tree == Tree.chain(network.deepest, lookup=12)
 
 
 # Trees
 
 
-TREES = ("lookahead.trees=[2,70]", "lookahead.tree_depth=2", "decode.max_new_tokens=24")
+TREES = (
+    "lookahead.trees=[2,70]",
+    "lookahead.tree_depths=[1,2]",
+    "lookahead.tree_lookup=3",
+    "decode.max_new_tokens=24",
+)
 
 
 def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
@@ -269,10 +275,10 @@ def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
     page = (folder / "scorecard.md").read_text()
     for name in ("dspark", "eagle3"):
         tree = Tree.from_json(plan["blocks"][name]["tree"], where="score plan")
-        assert 1 <= tree.size <= 70 and tree.depth <= 2
+        assert 1 <= len(tree.paths) <= 70 and tree.drafted_depth <= 2 and tree.lookup == 3
         rounds, tokens = data["captured_rounds"][name], data["blocks"][name]["tokens"]
         assert (rounds["tree"], rounds["tokens"]) == (tree.to_json(), tokens)
-        # A request may fill the target's context of 320, and a round of 70 tokens lie beyond: whole steps of 64.
+        # A request may fill the target's context of 320, and a round of 73 tokens lie beyond: whole steps of 64.
         assert rounds["positions"] == 448
         blocks = {
             t: {b for r in records(folder) if (r["arm"], r["temperature"]) == (name, t) for b in r["blocks"]}
@@ -283,7 +289,8 @@ def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
             sum(f"{name}: greedy rounds propose the tree; the best tree has" in line for line in out.splitlines()) == 1
         )
         assert (
-            f"| {name} | tree of {tree.size} | {tree.depth} |" in page and f"{tokens} or a tree of {tree.size}" in page
+            f"| {name} | tree of {tree.size} | {tree.drafted_depth} | 3 |" in page
+            and f"{tokens} or a tree of {tree.size}" in page
         )
         weighed = plan["blocks"][name]["weighed"]
         assert weighed[0]["tree"] == Tree.chain(tokens).to_json() and weighed[0]["seconds"] == 1.0
@@ -319,7 +326,7 @@ def test_without_greedy_requests_no_tree_is_weighed(place: Workplace, monkeypatc
 
 
 def test_a_plan_is_read_back_and_older_ones_too() -> None:
-    trees = [WeighedTree(Tree.chain(2), 1.5, 0.1), WeighedTree(Tree.of([(0,), (1,)]), 1.25, 0.05)]
+    trees = [WeighedTree(Tree.chain(2), 1.5, 0.1), WeighedTree(Tree.of([(0,), (1,)], lookup=4), 1.25, 0.05)]
     choice = BlockChoice(2, [0.5], 0.0, [1.0], siblings=[1], tree=trees[1].tree, weighed=trees)
     assert BlockChoice.from_json(json.loads(json.dumps(choice.to_json())), where="plan") == choice
     older = {key: value for key, value in choice.to_json().items() if key not in ("tree", "weighed")}
@@ -425,16 +432,19 @@ def test_a_pair_that_was_measured_without_captured_rounds_names_what_was_configu
 
 def test_a_block_that_was_cut_to_what_the_draft_has_is_published_as_it_was_measured() -> None:
     """As a gate may, whose arms all propose as suits one of them."""
-    context: Any = SimpleNamespace(cfg=SimpleNamespace(lookahead=Scheduled(longest_auto=9)))
+    configured = Scheduled(longest_auto=9, tree_depths=[3], tree_lookup=2)
+    context: Any = SimpleNamespace(cfg=SimpleNamespace(lookahead=configured))
+    tree = Tree.of([(0,), (1,)], lookup=2)
     scorecard = {
         "blocks": {"draft": {"tokens": 10, "siblings": [1]}, "lookup": {"tokens": 10, "siblings": [1]}},
-        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}, "tree": {"tokens": 4, "tree": [[0], [1]]}},
+        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}, "tree": {"tokens": 4, "tree": tree.to_json()}},
     }
     named = publish._lookahead(context, scorecard, "draft")
     assert (named["kind"], named["tokens"], named["siblings"], named["longest_auto"]) == ("fixed", 4, [], 9)
+    assert (named["tree_depths"], named["tree_lookup"]) == ([3], 2)
     assert isinstance(load_lookahead(named), FixedLookahead) and "tree" not in named
     with_tree = load_lookahead(publish._lookahead(context, scorecard, "tree"))
-    assert with_tree.longest == 4 and tree_of(with_tree) == Tree.of([(0,), (1,)])
+    assert with_tree.longest == 4 and tree_of(with_tree) == tree
     as_configured = publish._lookahead(context, scorecard, "lookup")
     assert (as_configured["kind"], as_configured["tokens"], as_configured["siblings"]) == ("scheduled", 10, [1])
 

@@ -45,8 +45,9 @@ class Config:
         kind: this row.
         temperatures: 0 is greedy.
         blocks: tokens proposed a round, an arm each; 0 for the draft's own length.
-        trees: tokens proposed a round in a tree, an arm each.
-        tree_depth: most tokens of a path of it.
+        trees: drafted tokens of a tree, an arm each.
+        tree_depth: most drafted tokens of a path of it.
+        tree_lookup: tokens that it copies from the text beside them; 0 for none.
         tree_prompts: training questions whose answers choose the trees.
         capacity: positions of a request; 0 for as many as the prompts want.
         compiled: fuse kernels before they are captured; a minute for each arm and temperature.
@@ -58,10 +59,15 @@ class Config:
     blocks: list[int] = field(default_factory=lambda: [2, 3, 0])
     trees: list[int] = field(default_factory=lambda: [32, 64, 128])
     tree_depth: int = 8
+    tree_lookup: int = 16
     tree_prompts: int = 48
     capacity: int = 0
     compiled: bool = False
     profile: int = 3
+
+    def __post_init__(self) -> None:
+        if min([self.tree_depth, *self.trees]) < 1 or self.tree_lookup < 0:
+            raise ValueError("captured needs trees and tree_depth of at least 1, and tree_lookup of 0 or more")
 
     def run(self, bench: Bench) -> Outcome:
         """Measure; on a CPU nothing is.
@@ -77,7 +83,8 @@ class Config:
         prompts, questions = bench.prompts(), self._questions(bench)
         longest_prompt = max(prompt.tokens.shape[0] for prompt in [*prompts, *questions])
         longest = longest_prompt + bench.options.max_new_tokens
-        capacity = self.capacity or capacity_for(target, longest, block=max([network.block, *self.trees]))
+        most = max([network.block, *(size + self.tree_lookup for size in self.trees)])
+        capacity = self.capacity or capacity_for(target, longest, block=most)
 
         def arm_of(name: str, block: int, tree: Tree | None = None) -> Arm:
             """Captured; the draft's own drafter gives its name and bytes."""
@@ -98,7 +105,10 @@ class Config:
         notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
         for tree, expected in self._trees(bench, questions, arms[0], network):
             arms.append(arm_of(f"tree-{tree.size}", 0, tree))
-            notes.append(f"{arms[-1].name}: {tree.depth} levels, tau {expected:.2f} on training questions")
+            notes.append(
+                f"{arms[-1].name}: {tree.drafted_depth} levels and {tree.lookup} tokens copied, tau {expected:.2f} on "
+                "training questions"
+            )
         for temperature in self.temperatures:
             for arm in arms:
                 assert arm.captured is not None, "all arms are captured"
@@ -137,10 +147,11 @@ class Config:
             FeatureDrafter(network),
             questions,
             depth=depth,
+            lookup=self.tree_lookup,
             max_new_tokens=bench.options.max_new_tokens,
             stop_tokens=stop_tokens(baseline.target),
         )
-        trees = [known.best(size, depth=depth) for size in sorted(self.trees)]
+        trees = [known.best(size, depth=depth, lookup=self.tree_lookup) for size in sorted(self.trees)]
         return [(tree, known.tau(tree)) for tree in dict.fromkeys(trees)]
 
     def _speedups(self, records: list[Record], arms: list[Arm], *, seed: int) -> list[Figure]:

@@ -12,7 +12,7 @@ from inference.trees import Tree
 from pipelines.realign import cause
 from tests.inference.test_pair_captured import FIXED, QUESTION, made, written
 
-TREE = Tree.of([(0,), (1,), (0, 0), (1, 0)])
+TREE = Tree.of([(0,), (1,), (0, 0), (1, 0)], lookup=4)
 
 
 def test_a_pair_with_a_tree_is_replayed_by_rounds_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
