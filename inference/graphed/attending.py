@@ -20,8 +20,9 @@ except ImportError:  # torch for a CPU comes without it
 
 _WIDEST_HEAD = 256
 _NARROWEST = 16  # products are of no fewer rows or columns
-_KEYS = 64  # looked at in one step
-_MOST_ROWS = 64  # of queries in one program
+_MOST_ROWS = 32  # of queries in one program
+# Keys looked at in one step: with few queries more than with many.
+_KEYS, _KEYS_OF_FEW = 64, 128
 
 
 def can_attend(states: Tensor, *, head_dim: int) -> bool:
@@ -82,7 +83,7 @@ def attend_held(
         DIM=dim,
         WIDE=max(_NARROWEST, 1 << (dim - 1).bit_length()),
         ROWS=block,
-        KEYS=_KEYS,
+        KEYS=_KEYS if block > _NARROWEST else _KEYS_OF_FEW,
         num_warps=4,
     )
     return mixed
@@ -130,35 +131,49 @@ if triton is not None:
         is_column = column < DIM
         at = request * query_request + token * query_token + own_head * query_head
         query = tl.load(queries + at[:, None] + column, mask=is_row[:, None] & is_column, other=0.0)
-        # All that the last token of these rows may see.
-        end = start + tl.minimum((part * ROWS + ROWS - 1) // GROUPS + 1, width) if CHAIN else start + behind
-        key_base = keys + place.to(tl.int64) * key_place + head * key_head
-        value_base = values + place.to(tl.int64) * key_place + head * key_head
+        key_base = keys + place.to(tl.int64) * key_place + head * key_head + column
+        value_base = values + place.to(tl.int64) * key_place + head * key_head + column
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, WIDE], tl.float32)
-        for first in range(0, end, KEYS):
+        # The context, all of which every token sees; then, in steps of their own, the tokens behind it.
+        for first in range(0, start, KEYS):
             position = first + step
-            further = position - start
+            is_there = position < start
+            key, value = _read(key_base, value_base, position, key_token, is_there, is_column)
+            seen = is_there[None, :]
+            most, total, sums = _taken_in(query, key, value, seen, scale, most, total, sums)
+        # Of a chain, what the last token of these rows may see.
+        end = tl.minimum((part * ROWS + ROWS - 1) // GROUPS + 1, width) if CHAIN else behind
+        for first in range(0, end, KEYS):
+            further = first + step
+            is_there = further < end
+            key, value = _read(key_base, value_base, start + further, key_token, is_there, is_column)
             if CHAIN:
-                seen = further[None, :] <= token[:, None]
+                seen = (further[None, :] <= token[:, None]) & is_there[None, :]
             else:
-                is_among = is_row[:, None] & (further >= 0) & (further < behind)
-                told = tl.load(among + token[:, None] * among_row + further, mask=is_among, other=0)
-                seen = (further < 0) | (told != 0)
-            is_there = (position < end)[:, None] & is_column
-            offsets = position[:, None].to(tl.int64) * key_token + column
-            key = tl.load(key_base + offsets, mask=is_there, other=0.0)
-            value = tl.load(value_base + offsets, mask=is_there, other=0.0)
-            product = tl.where(seen & (position < end), tl.dot(query, tl.trans(key)) * scale, float("-inf"))
-            higher = tl.maximum(most, tl.max(product, 1))
-            # Of a token that has seen nothing yet the difference would not be a number.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp2(product - base[:, None])
-            kept = tl.exp2(most - base)
-            total = total * kept + tl.sum(weight, 1)
-            sums = sums * kept[:, None] + tl.dot(weight.to(value.dtype), value)
-            most = higher
+                told = among + token[:, None] * among_row + further
+                seen = tl.load(told, mask=is_row[:, None] & is_there[None, :], other=0) != 0
+            most, total, sums = _taken_in(query, key, value, seen, scale, most, total, sums)
         shares = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         to = request * mixed_request + token * mixed_token + own_head * mixed_head
         tl.store(mixed + to[:, None] + column, shares.to(query.dtype), mask=is_row[:, None] & is_column)
+
+    @triton.jit
+    def _read(key_base, value_base, position, key_token, is_there, is_column):  # type: ignore[no-untyped-def]
+        """Keys and values of some positions; zeros of those that are none."""
+        offsets = position[:, None].to(tl.int64) * key_token
+        mask = is_there[:, None] & is_column
+        return tl.load(key_base + offsets, mask=mask, other=0.0), tl.load(value_base + offsets, mask=mask, other=0.0)
+
+    @triton.jit
+    def _taken_in(query, key, value, seen, scale, most, total, sums):  # type: ignore[no-untyped-def]
+        """The largest product of each row so far, and sums of weights, and of values by weights, that go with it."""
+        product = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+        higher = tl.maximum(most, tl.max(product, 1))
+        # Of a token that has seen nothing yet the difference would not be a number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(product - base[:, None])
+        kept = tl.exp2(most - base)
+        sums = sums * kept[:, None] + tl.dot(weight.to(value.dtype), value)
+        return higher, total * kept + tl.sum(weight, 1), sums
