@@ -4,6 +4,7 @@ Writes nothing. `inference.block_length` chooses how much an arm proposes, on ot
 """
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from inference.request import Decoded, Request
 from inference.sampling_settings import SamplingSettings
 from inference.statistics import BASELINE
 
-# A greedy mismatch counts as rounding when both tokens are this close to the best logit, in the units of the logits.
+# A greedy mismatch counts as rounding when both tokens are this close to the best logit, in the units of the logits, as
+# long as that is below 32. From there on numbers lie twice as far apart, and so on for each power of two: of bf16 these
+# are four steps.
 NEAR_TIE = {
     "bf16": 0.5,
     "bf16_packed": 0.5,
@@ -142,6 +145,11 @@ def score_prompt(
     ]
 
 
+def _coarseness(logit: float) -> float:
+    """How far numbers of this size lie apart, with those from 16 to 32 for 1; 1 of all smaller ones too."""
+    return max(1.0, 2.0 ** (math.frexp(abs(logit))[1] - 5))
+
+
 def explain_mismatch(
     target: CausalModel, prompt: torch.Tensor, tokens: list[int], reference: list[int], *, reference_precision: str
 ) -> Mismatch | None:
@@ -167,5 +175,6 @@ def explain_mismatch(
     # More than two tokens may be close: bf16 knows some twenty logits between 16 and 18.
     pair = [*tokens[position : position + 1], *reference[position : position + 1]]
     margin = float(row.max() - row[pair].min())
-    near_tie = len(pair) == 2 and margin <= max(NEAR_TIE[target.precision], NEAR_TIE[reference_precision])
+    close = max(NEAR_TIE[target.precision], NEAR_TIE[reference_precision]) * _coarseness(float(row.max()))
+    near_tie = len(pair) == 2 and margin <= close
     return Mismatch(position=position, margin=margin, near_tie=near_tie)

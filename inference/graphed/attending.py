@@ -20,6 +20,8 @@ except ImportError:  # torch for a CPU comes without it
 
 _WIDEST_HEAD = 256
 _NARROWEST = 16  # products are of no fewer rows or columns
+# Powers of two are what a GPU has.
+_LOG2_E = 1.4426950408889634
 _MOST_ROWS = 32  # of queries in one program
 # Keys looked at in one step: with few queries more than with many.
 _KEYS, _KEYS_OF_FEW = 64, 128
@@ -32,27 +34,30 @@ def can_attend(states: Tensor, *, head_dim: int) -> bool:
     return triton is not None and fits
 
 
+@torch.library.custom_op("dspark::attend_held", mutates_args=())
 def attend_held(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     held: Tensor,
-    *,
-    scale: float,
     rows: Tensor | None = None,
     among: Tensor | None = None,
+    *,
+    scale: float,
 ) -> Tensor:
     """Each new token attends to the context of its request, and to tokens that lie behind it.
+
+    An operator of its own, so that torch.compile leaves the kernel as it is.
 
     Args:
         queries: `[R, W, H, d]`, with any strides.
         keys: `[B, C, G, d]`, the new tokens' own among them.
         values: likewise, with the same strides.
         held: int64 `[R]`, positions of the context; all new tokens see these.
-        scale: of the products.
         rows: int64 `[R]`, the requests' places; None for the first R.
         among: bool `[W, E]`, which of the E tokens behind the context a new token sees; None where they are the new
             tokens themselves, one after another, and each sees those before it and itself.
+        scale: of the products.
 
     Returns:
         `[R, W, H, d]`; zeros of a token that sees nothing.
@@ -73,10 +78,10 @@ def attend_held(
         width,
         width if among is None else among.shape[1],
         0 if among is None else among.stride(0),
-        scale * 1.4426950408889634,  # powers of two are what a GPU has
         *queries.stride()[:3],
         *keys.stride()[:3],
         *mixed.stride()[:3],
+        SCALE=scale * _LOG2_E,
         IN_PLACE=rows is None,
         CHAIN=among is None,
         GROUPS=groups,
@@ -87,6 +92,11 @@ def attend_held(
         num_warps=4,
     )
     return mixed
+
+
+@attend_held.register_fake
+def _(queries: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
 
 
 if triton is not None:
@@ -103,7 +113,6 @@ if triton is not None:
         width,
         behind,
         among_row,
-        scale,
         query_request,
         query_token,
         query_head,
@@ -113,6 +122,7 @@ if triton is not None:
         mixed_request,
         mixed_token,
         mixed_head,
+        SCALE: tl.constexpr,
         IN_PLACE: tl.constexpr,
         CHAIN: tl.constexpr,
         GROUPS: tl.constexpr,
@@ -142,7 +152,7 @@ if triton is not None:
             is_there = position < start
             key, value = _read(key_base, value_base, position, key_token, is_there, is_column)
             seen = is_there[None, :]
-            most, total, sums = _taken_in(query, key, value, seen, scale, most, total, sums)
+            most, total, sums = _taken_in(query, key, value, seen, SCALE, most, total, sums)
         # Of a chain, what the last token of these rows may see.
         end = tl.minimum((part * ROWS + ROWS - 1) // GROUPS + 1, width) if CHAIN else behind
         for first in range(0, end, KEYS):
@@ -154,7 +164,7 @@ if triton is not None:
             else:
                 told = among + token[:, None] * among_row + further
                 seen = tl.load(told, mask=is_row[:, None] & is_there[None, :], other=0) != 0
-            most, total, sums = _taken_in(query, key, value, seen, scale, most, total, sums)
+            most, total, sums = _taken_in(query, key, value, seen, SCALE, most, total, sums)
         shares = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         to = request * mixed_request + token * mixed_token + own_head * mixed_head
         tl.store(mixed + to[:, None] + column, shares.to(query.dtype), mask=is_row[:, None] & is_column)
@@ -166,10 +176,10 @@ if triton is not None:
         mask = is_there[:, None] & is_column
         return tl.load(key_base + offsets, mask=mask, other=0.0), tl.load(value_base + offsets, mask=mask, other=0.0)
 
-    @triton.jit
-    def _taken_in(query, key, value, seen, scale, most, total, sums):  # type: ignore[no-untyped-def]
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _taken_in(query, key, value, seen, SCALE: tl.constexpr, most, total, sums):  # type: ignore[no-untyped-def]
         """The largest product of each row so far, and sums of weights, and of values by weights, that go with it."""
-        product = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+        product = tl.where(seen, tl.dot(query, tl.trans(key)) * SCALE, float("-inf"))
         higher = tl.maximum(most, tl.max(product, 1))
         # Of a token that has seen nothing yet the difference would not be a number.
         base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -168,13 +168,9 @@ class StaticContext:
             for buffer, new in zip(self._layers[0], (keys, values), strict=True):
                 buffer.view(-1, kv_heads, width).index_copy_(0, places, new.flatten(0, 1))
         if self._by_kernel:
-            return attend_held(
-                queries,
-                *self._layers[0],
-                self.held[:rows],
-                scale=width**-0.5,
-                among=self._among[level.row : level.row + count],
-            ).flatten(2)
+            among = self._among[level.row : level.row + count]
+            found: Tensor = attend_held(queries, *self._layers[0], self.held[:rows], among=among, scale=width**-0.5)
+            return found.flatten(2)
         held_keys, held_values = (buffer[:rows, : self.shown].transpose(1, 2) for buffer in self._layers[0])
         stacked = queries.unflatten(2, (kv_heads, groups)).transpose(1, 2).flatten(2, 3)
         mask = self._tree_mask[:, :, groups * level.row : groups * (level.row + count)]

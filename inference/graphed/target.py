@@ -124,7 +124,8 @@ class StaticTarget:
                     buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, new.transpose(1, 2).flatten(0, 1))
                 if mask is None:
                     among = None if tree is None else tree.above
-                    return attend_held(query.transpose(1, 2), *buffers, starts, scale=scale, rows=rows, among=among)
+                    found: Tensor = attend_held(query.transpose(1, 2), *buffers, starts, rows, among, scale=scale)
+                    return found
                 keys, values = (
                     (buffer[:count, :shown] if rows is None else buffer[:, :shown].index_select(0, rows)).transpose(
                         1, 2

@@ -26,10 +26,10 @@ def attended(
     keys: Tensor,
     values: Tensor,
     held: Tensor,
-    *,
-    scale: float,
     rows: Tensor | None = None,
     among: Tensor | None = None,
+    *,
+    scale: float,
 ) -> Tensor:
     """What `attend_held` gives, request by request and head by head."""
     count, width, heads, _ = queries.shape
@@ -131,7 +131,7 @@ def test_the_kernel_attends_as_said(
     sees[1] = False  # a token that sees nothing but the context, of which the first request has none
     for own_rows in (None, rows):
         for among in (None, sees[1:]):
-            given = {"scale": 0.7 * dim**-0.5, "rows": own_rows, "among": among}
+            given = {"rows": own_rows, "among": among, "scale": 0.7 * dim**-0.5}
             found = attend_held(queries, keys, values, held, **given)  # type: ignore[arg-type]
             wanted = attended(queries, keys, values, held, **given)  # type: ignore[arg-type]
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)

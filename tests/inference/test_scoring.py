@@ -140,6 +140,21 @@ def test_the_coarser_arithmetic_of_the_two_says_what_is_near(reference: str, nea
     assert mismatch is not None and mismatch.near_tie is near
 
 
+@pytest.mark.parametrize(
+    ("best", "margin", "near"),
+    [(5.0, 0.6, False), (31.0, 0.6, False), (33.0, 1.0, True), (33.0, 1.1, False), (-66.0, 2.0, True)],
+)
+def test_in_bf16_tokens_with_large_logits_are_near_where_their_numbers_are(
+    best: float, margin: float, near: bool
+) -> None:
+    class Large(MemoModel):
+        def row(self, prefix: tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor([best - 9.0, best, best - margin], dtype=torch.float64)
+
+    mismatch = explain_mismatch(Large(tiny_model(0)), torch.tensor([0]), [2], [1], reference_precision="bf16")
+    assert mismatch is not None and mismatch.near_tie is near
+
+
 def test_equal_tokens_need_no_explanation() -> None:
     assert explain_mismatch(_Flat(0.0), torch.tensor([0]), [1, 2], [1, 2], reference_precision="fp32") is None
 
