@@ -204,6 +204,11 @@ def test_every_row_is_tested_here() -> None:
             ["--rows", "startup", "--set", "startup.runs=3"],
             "startup has no setting 'runs' [--set]: settings are rounds",
         ),
+        (
+            ["--rows", "captured", "--set", "captured.blocks=", "--set", "captured.trees="],
+            "captured needs blocks or trees",
+        ),
+        (["--rows", "captured", "--set", "captured.temperatures="], "cannot read ''"),
         (["--rows", "startup", "--set", "startup.rounds=x"], "cannot read 'x'"),
         (["--rows", "startup", "--set", "startup.rounds=0"], "startup.rounds is 0; use at least 1"),
         (["--rows", "captured", "--set", "captured.tree_lookup=-1"], "and tree_lookup of 0 or more"),

@@ -59,7 +59,8 @@ def load_row(name: str, changes: Mapping[str, str]) -> Row:
             names = ", ".join(known) or "none"
             raise InputError(f"{name} has no setting {key!r}", where="--set", mend=f"settings are {names}")
         try:
-            values[key] = _converted(text, like=known[key])
+            optional = key in getattr(row, "optional_lists", ())
+            values[key] = [] if optional and not text else _converted(text, like=known[key])
         except ValueError as error:
             raise InputError(f"cannot read {text!r} ({error})", where=f"--set {name}.{key}") from None
     try:

@@ -9,7 +9,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,6 +52,7 @@ class Config:
         capacity: positions of a request; 0 for as many as the prompts want.
         compiled: fuse kernels before they are captured; a minute for each arm and temperature.
         profile: kernels listed of a round, by the time they take; 0 for none.
+        optional_lists: settings that may be empty, but not both of them.
     """
 
     kind: str = "captured"
@@ -64,8 +65,11 @@ class Config:
     capacity: int = 0
     compiled: bool = False
     profile: int = 3
+    optional_lists: ClassVar[tuple[str, ...]] = ("blocks", "trees")
 
     def __post_init__(self) -> None:
+        if not self.blocks and not self.trees:
+            raise ValueError("captured needs blocks or trees")
         if min([self.tree_depth, *self.trees]) < 1 or self.tree_lookup < 0:
             raise ValueError("captured needs trees and tree_depth of at least 1, and tree_lookup of 0 or more")
 
