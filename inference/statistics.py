@@ -245,6 +245,31 @@ def _at(field: str, position: int) -> Callable[[Record], float]:
     return value
 
 
+def mean_speedup(
+    records: Iterable[Record], arm: str, *, temperature: float, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """Mean over domains of an arm's speedup, each domain counting alike; prompts are drawn within domains.
+
+    Args:
+        records: of one run; every arm's prompts must have been decoded by the baseline too.
+        arm: which.
+        temperature: of the requests that count.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+    """
+    chosen = [r for r in records if r.arm in (arm, BASELINE) and r.temperature == temperature]
+    speedups = []
+    for number, domain in enumerate(sorted({r.domain for r in chosen})):
+        own = [r for r in chosen if r.domain == domain]
+        boot = Bootstrap([r.prompt_id for r in own], seed=seed + number, resamples=resamples)
+        speeds = [
+            ratio(boot.sums(part, lambda r: r.emitted), boot.sums(part, lambda r: r.total_seconds))
+            for part in ([r for r in own if r.arm == arm], [r for r in own if r.arm == BASELINE])
+        ]
+        speedups.append(ratio(*speeds))
+    return boot.estimate(np.mean(speedups, axis=0))
+
+
 def speed_ratio(
     records: Iterable[Record],
     arm: str,

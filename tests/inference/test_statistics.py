@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from inference.records import Mismatch, Record
-from inference.statistics import Estimate, Scorecard, find_card, scorecards, speed_ratio
+from inference.statistics import Estimate, Scorecard, find_card, mean_speedup, scorecards, speed_ratio
 
 PARTS = ("prefill", "draft", "verify", "accept", "cache", "other")
 
@@ -228,6 +228,28 @@ def test_mismatches_are_counted_and_those_that_rounding_explains_told_apart() ->
     arms = [replace(_record("draft", p), mismatch=m) for p, m in (("p", near), ("q", far), ("r", None))]
     card = find_card(scorecards([*arms, *(_record("none", p) for p in "pqr")], resamples=5), "draft")
     assert (card.mismatches, card.unexplained) == (2, 1)
+
+
+def test_domains_count_alike_in_the_mean_speedup() -> None:
+    unit = mean_speedup([_record("none", "p"), _record("draft", "p")], "draft", temperature=0.0, resamples=5).value
+    # One domain has three prompts and a draft that halves the time, the other one prompt and one that gains nothing.
+    records = []
+    for prompt, domain, speedup in (("a", "chat", 2.0), ("b", "chat", 2.0), ("c", "chat", 2.0), ("d", "maths", 1.0)):
+        records += [
+            replace(_record("none", prompt, scale=speedup), domain=domain),
+            replace(_record("draft", prompt), domain=domain),
+            replace(_record("draft", prompt, scale=50.0), domain=domain, temperature=0.7),
+        ]
+    assert mean_speedup(records, "draft", temperature=0.0, resamples=50).value == pytest.approx(1.5 * unit)
+    varied = [
+        replace(_record(arm, f"{domain}{n}", scale=1 + n * (arm == "none")), domain=domain)
+        for arm in ("none", "draft")
+        for domain in ("chat", "maths")
+        for n in range(6)
+    ]
+    mean = mean_speedup(varied, "draft", temperature=0.0, resamples=500)
+    assert mean.value == pytest.approx(3.5 * unit) and mean.low is not None and mean.high is not None
+    assert unit < mean.low < 3.0 * unit and 4.0 * unit < mean.high < 6.0 * unit
 
 
 def test_speed_ratio_is_paired() -> None:

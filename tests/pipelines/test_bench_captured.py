@@ -1,4 +1,4 @@
-"""The row of captured rounds under load, on a tiny target, uncaptured: what it measures adds up."""
+"""The rows of captured rounds, for one request and many, on a tiny target, uncaptured: what they measure adds up."""
 
 import json
 from pathlib import Path
@@ -83,3 +83,42 @@ def test_uncaptured_the_row_adds_up(
 def test_settings_that_measure_nothing_are_told(tiny_place: Workplace, tmp_path: Path) -> None:
     text, code = run(words(tiny_place, tmp_path, ROW, "rounds=0"))
     assert code == 2 and "of at least 1" in text
+
+
+def test_uncaptured_the_row_of_single_requests_weighs_chains_and_trees(
+    tiny_place: Workplace, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.bench.bench.SEED_DRAFT", draft)
+    settings = [
+        "uncaptured=true",
+        "blocks=0",
+        "trees=2,4",
+        "tree_depth=3",
+        "tree_lookup=5",
+        "tree_prompts=2",
+        "profile=0",
+    ]
+    row = benched(tiny_place, tmp_path, "captured", *settings)
+    arms = [f"draft-{BLOCK}", "tree-7", "tree-9"]
+    names = [figure["name"] for figure in named(row, "over target-only")]
+    assert names == [
+        f"{arm} over target-only, T={temperature}{what}"
+        for arm in arms
+        for temperature in (0, 1)
+        for what in ("", ", mean of the domains")
+    ]
+    # The goal is held against one arm, which no held-out prompt has chosen.
+    [judged] = [figure for figure in row["figures"] if figure["goal"] and "over target-only" in figure["name"]]
+    milliseconds = {
+        arm: next(f["value"] for f in named(row, "whole of a round") if f["name"].startswith(arm)) for arm in arms
+    }
+    taus = {
+        note.partition(":")[0]: float(note.partition(", tau ")[2].split()[0])
+        for note in row["notes"]
+        if "levels" in note
+    }
+    assert list(taus) == arms[1:] and min(taus.values()) >= 1.0
+    fastest = max(taus, key=lambda arm: taus[arm] / milliseconds[arm])
+    assert judged["name"] == f"{fastest} over target-only, T=0, mean of the domains"
+    [answers] = named(row, "greedy answers unlike")
+    assert answers["detail"]["unexplained"] == 0
