@@ -7,7 +7,7 @@ the corpus stage has the target answer it like any other prompt. Method: Magpie,
 import logging
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distill.chat import template_markers, user_prefix
 from distill.contamination import words
@@ -29,6 +29,8 @@ class Config(SourceConfig):
     """How many prompts to keep; there is no "all", so -1 is refused."""
     system: str = ""
     """System message to write under and to answer under (empty = the chat template's default)."""
+    topics: list[str] = field(default_factory=list)
+    """System messages to write under alone, a batch under each by turns; turns are answered under `system`."""
     temperature: float = 0.9
     """Sampling temperature; low values repeat themselves."""
     max_new_tokens: int = 128
@@ -56,6 +58,8 @@ class Config(SourceConfig):
             )
         if min(self.max_new_tokens, self.batch_prompts, self.max_attempts) < 1:
             raise ValueError("magpie: max_new_tokens, batch_prompts and max_attempts must be at least 1")
+        if not all(topic.strip() for topic in self.topics):
+            raise ValueError("magpie: a topic is empty: give each a system message, or leave topics empty")
         if not 0 <= self.min_ascii_share <= 1:
             raise ValueError(f"magpie: min_ascii_share is {self.min_ascii_share}: use 0 to 1")
 
@@ -70,13 +74,15 @@ class Config(SourceConfig):
                 "no target to write prompts", where="prompts (kind magpie)", mend="run it in the corpus stage"
             )
         system = self.system or None
-        prefix = user_prefix(context.tokenizer, system=system)
+        under: list[str | None] = [*self.topics] or [system]
+        prefixes = [user_prefix(context.tokenizer, system=topic) for topic in under]
         markers = template_markers(context.tokenizer)
         kept: dict[str, str] = {}
         dropped: Counter[str] = Counter()
         tried = 0
         while len(kept) < self.limit and tried < self.max_attempts * self.limit:
             seed = (context.seed * 1_000_003 + tried) % 2**31  # one of its own for every batch
+            prefix = prefixes[tried // self.batch_prompts % len(prefixes)]
             batch = context.sample([prefix] * self.batch_prompts, self.max_new_tokens, self.temperature, seed)
             for ids in batch:
                 text = str(context.tokenizer.decode(ids, skip_special_tokens=False)).strip()

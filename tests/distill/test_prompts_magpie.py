@@ -43,6 +43,17 @@ def test_a_system_message_is_written_under_and_kept(chatml: PreTrainedTokenizerF
     assert calls[0][0] == [user_prefix(chatml, system="You teach Latin.")]
 
 
+def test_topics_are_written_under_by_turns_and_not_answered_under(chatml: PreTrainedTokenizerFast) -> None:
+    context, calls = writing(chatml, [f"{GOOD} Take {i}." for i in range(10)])
+    topics = ["You teach Latin.", "You mend bicycles."]
+    found = Config(limit=6, batch_prompts=2, topics=topics, system="You are kind.").load(context)
+    asked = [user_prefix(chatml, system=topic) for topic in (*topics, topics[0])]
+    assert [call[0] for call in calls] == [[prefix] * 2 for prefix in asked]
+    assert {prompt.system for prompt in found} == {"You are kind."}
+    with pytest.raises(ValueError, match="a topic is empty"):
+        Config(topics=["You teach Latin.", " "])
+
+
 def test_the_same_seed_gives_the_same_calls(chatml: PreTrainedTokenizerFast) -> None:
     runs = []
     for _ in range(2):
