@@ -8,7 +8,8 @@ import torch
 
 from inference.decoder import Clock, check_prompt_length, up_to_stop
 from inference.drafters._token import plain
-from inference.graphed.rounds import SIGNALS, Rounds
+from inference.graphed.proposals import SIGNALS
+from inference.graphed.rounds import Rounds
 from inference.graphed.timing import RoundSeconds, round_seconds
 from inference.lookahead import RecordingLookahead, Signals, Visible
 from inference.precision import model_nbytes

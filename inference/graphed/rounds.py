@@ -1,8 +1,7 @@
 """One round of B requests in fixed shapes: draft a block, verify it, accept, read what stands; captured as one graph.
 
-What stands is said by `inference.graphed.acceptance`. What is proposed is a chain or a tree, of which a branch may be
-copied from the text (`inference.graphed.written`). A round may be of the first requests alone and of a shorter block:
-what it shares with larger ones are weights and buffers.
+What is proposed is said by `inference.graphed.proposals`, what stands by `inference.graphed.acceptance`. A round may be
+of the first requests alone and of a shorter block: what it shares with larger ones are weights and buffers.
 Letters in shapes: G proposed tokens, W = G + 1 tokens of a pass, V vocabulary, Vd the draft's; of a tree, N nodes and D
 depth.
 """
@@ -14,26 +13,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from inference.drafters._token import signal_values
 from inference.feature_networks import FeatureNetwork
 from inference.graphed.acceptance import accept_greedy, accept_sampled, accept_tree
 from inference.graphed.contexts import StaticContext
-from inference.graphed.likeliest import likeliest
 from inference.graphed.programs import Programs
 from inference.graphed.prompts import Places, PromptReader, power_of_two
+from inference.graphed.proposals import SIGNALS, Proposer, processed
 from inference.graphed.target import ALIGNMENT, StaticTarget
 from inference.graphed.written import Written
 from inference.model import CausalModel
-from inference.randomness import drawn
-from inference.sampling import process_logits
 from inference.sampling_settings import SamplingSettings
 from inference.trees import Tree, TreePlan
 
 # Stands for greedy decoding in a sampled round: whatever is less likely has no mass, and of equals the first is drawn
 # by a uniform number of 0.
 COLDEST = 1e-30
-SIGNALS = ("confidence", "margin")
-"""What recorded rounds note of each proposed token; see `inference.lookahead.Signals`."""
 
 
 class Rounds:
@@ -126,6 +120,9 @@ class Rounds:
                 device=device,
                 tree=self.plan,
             )
+        )
+        self.proposer = (
+            None if network is None or self.context is None else Proposer(network, self.context, self.truncation)
         )
         if network is not None and device.type == "cuda":
             network.join_weights()
@@ -297,9 +294,9 @@ class Rounds:
 
         def draft() -> None:
             if plan is None:
-                self._draft(self.batch, self.block, shown, sampled, recorded=False)
+                self._propose(self.batch, self.block, shown, sampled, recorded=False)
             else:
-                self._draft_tree(plan, self.batch, shown, self._log_noise(self.batch) if sampled else None)
+                self._propose_tree(plan, self.batch, shown, self._log_noise(self.batch) if sampled else None)
 
         def verify() -> None:
             self.target.logits(self.target.run(block, self.lengths, None, shown=shown, tree=plan)[0])
@@ -312,7 +309,7 @@ class Rounds:
     # What is captured
 
     def _round(self, places: int, length: int, shown: int, sampled: bool, recorded: bool) -> None:
-        tokens, rows = self._draft(places, length, shown, sampled, recorded=recorded)
+        tokens, rows = self._propose(places, length, shown, sampled, recorded=recorded)
         ids = torch.cat([self.anchors[:places, None], tokens], dim=1)
         states, features = self.target.run(ids, self.lengths[:places], None, shown=shown)
         logits = self.target.logits(states)
@@ -324,13 +321,13 @@ class Rounds:
 
     def _tree_round(self, plan: TreePlan, places: int, shown: int, sampled: bool) -> None:
         noise = self._log_noise(places) if sampled else None
-        ids = torch.cat([self.anchors[:places, None], self._draft_tree(plan, places, shown, noise)], dim=1)
+        ids = torch.cat([self.anchors[:places, None], self._propose_tree(plan, places, shown, noise)], dim=1)
         lengths = self.lengths[:places]
         states, features = self.target.run(ids, lengths, None, shown=shown, tree=plan)
         rows = self.target.logits(states)
         if noise is not None:
             # Tokens of one depth share their noise: whichever of them stands, no other token is drawn by it.
-            rows = self._processed(rows, self.temperatures[:places, None, None]) - noise[:, plan.depths]
+            rows = processed(rows, self.temperatures[:places, None, None], self.truncation) - noise[:, plan.depths]
         emitted, stood, ways = accept_tree(ids, rows.argmax(-1), plan)
         self.target.keep(ways, lengths)
         self._go_on(emitted, stood, features[self._every[:places, None], ways])
@@ -359,73 +356,38 @@ class Rounds:
         self.emitted[:places, :count].copy_(emitted)
         self.emitted[:places, -1].copy_(written)
 
-    def _draft(
+    def _propose(
         self, places: int, length: int, shown: int, sampled: bool, *, recorded: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """The block's tokens, int64 `[B, G]`, and the rows `[B, Vd]` they were sampled from."""
-        network, context, anchors = self.network, self.context, self.anchors[:places]
-        if network is None or context is None or not length:
-            return anchors[:, None][:, :0], []
-        context.shown = shown
-        context.drafting(places)
-        block, previous = network.begin_block(anchors, context), anchors
-        tokens, rows = [], []
-        for slot in range(length):
-            step = network.step(block, slot, previous, confidence=recorded)
-            if sampled:
-                row = self._processed(step.logits, self.temperatures[:places, None])
-                rows.append(torch.softmax(row, dim=-1))
-                index = drawn(rows[-1], self.uniforms[:places, slot])
-            else:
-                row, index = step.logits, step.logits.argmax(-1)
-            if recorded:
-                values = signal_values(
-                    row.float(), rows[-1] if sampled else None, step.confidence, reads=frozenset(SIGNALS)
-                )
-                noted = torch.stack([values[name].double() for name in SIGNALS], dim=-1)
-                self.signals[:places, slot].copy_(noted)
-            previous = index if network.vocabulary is None else network.vocabulary[index]
-            tokens.append(previous)
-        return torch.stack(tokens, dim=1), rows
+        if self.proposer is None or not length:
+            return self.anchors[:places, None][:, :0], []
+        return self.proposer.chain(
+            self.anchors[:places],
+            length,
+            shown=shown,
+            temperatures=self.temperatures[:places] if sampled else None,
+            uniforms=self.uniforms[:places],
+            signals=self.signals[:places] if recorded else None,
+        )
+
+    def _propose_tree(self, plan: TreePlan, places: int, shown: int, noise: Tensor | None) -> Tensor:
+        """The nodes' tokens, int64 `[B, N]`; of a greedy round without noise."""
+        assert self.proposer is not None, "a tree is drafted"
+        return self.proposer.tree(
+            plan,
+            self.anchors[:places],
+            self.lengths[:places],
+            shown=shown,
+            temperatures=None if noise is None else self.temperatures[:places],
+            noise=noise,
+            written=self.written,
+        )
 
     def _log_noise(self, places: int) -> Tensor:
         """Logarithms of the noise, fp32 `[B, D + 1, V]`."""
         assert self.noise is not None, "a sampled round with a tree has noise"
         return self.noise[:places].log().float()
-
-    def _draft_tree(self, plan: TreePlan, places: int, shown: int, noise: Tensor | None) -> Tensor:
-        """The nodes' tokens, int64 `[B, N]`, the drafted ones by depth, then the copied ones; of a greedy round without
-        noise."""
-        network, context, anchors = self.network, self.context, self.anchors[:places]
-        assert network is not None and context is not None, "a tree is drafted"
-        context.shown = shown
-        context.drafting(places)
-        context.branching()
-        block, tokens = network.begin_tree(anchors, context, plan.tree.drafted_depth), anchors[:, None]
-        if noise is not None and network.vocabulary is not None:
-            noise = noise[:, :, network.vocabulary]
-        levels = []
-        for level in plan.levels:
-            inner = tokens if level.among is None else tokens.index_select(1, level.among)
-            rows = network.branch(block, level, inner)
-            if noise is not None:
-                rows = self._processed(rows, self.temperatures[:places, None, None]) - noise[:, level.depth, None]
-            index = likeliest(rows, level.children).flatten(1)
-            if level.taken is not None:
-                index = index.index_select(1, level.taken)
-            tokens = index if network.vocabulary is None else network.vocabulary[index]
-            levels.append(tokens)
-        if self.written is not None:
-            levels.append(self.written.copied(self.lengths[:places], shown=shown, count=plan.tree.lookup))
-        return torch.cat(levels, dim=1)
-
-    def _processed(self, logits: Tensor, temperatures: Tensor) -> Tensor:
-        """Logits whose softmax is sampled from, `[..., V]`, target's and draft's alike."""
-        scaled = logits.float() / temperatures
-        if self.truncation.top_k or self.truncation.top_p < 1.0:
-            rows, none = scaled.flatten(0, -2), self.anchors[:0]
-            scaled = process_logits(rows, context=none, block=none, settings=self.truncation).view_as(scaled)
-        return scaled
 
     def _accept_sampled(self, tokens: Tensor, rows: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
         """Emitted tokens `[B, W]`, valid up to the one after those that stand, and how many stand, `[B]`."""
@@ -433,7 +395,7 @@ class Rounds:
         return accept_sampled(
             tokens,
             torch.stack(rows, dim=1) if rows else None,
-            torch.softmax(self._processed(logits, self.temperatures[:places, None, None]), dim=-1),
+            torch.softmax(processed(logits, self.temperatures[:places, None, None], self.truncation), dim=-1),
             accepting=self._accepting(places, block),
             following=self.uniforms[:places, -1],
             vocabulary=None if self.network is None else self.network.vocabulary,
