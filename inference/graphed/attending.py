@@ -5,8 +5,8 @@ cuDNN's takes 12 microseconds so for the 129 tokens of a tree, in each of 30 lay
 request's own length is read on the device, the mask is that of the new tokens among themselves alone, and the query
 heads of a group share what is read.
 
-Letters in shapes: R requests, W new tokens of each, C positions a place holds, E tokens that may be seen besides the
-context, H query heads, G key and value heads, d head dimension.
+Letters in shapes: R requests, W new tokens of each, L layers, B places, C positions a place holds, E tokens that may be
+seen besides the context, H query heads, G key and value heads, d head dimension.
 """
 
 import torch
@@ -37,9 +37,9 @@ def can_attend(states: Tensor, *, head_dim: int) -> bool:
 @torch.library.custom_op("dspark::attend_held", mutates_args=())
 def attend_held(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    held: Tensor,
+    states: Tensor,
+    layer: int,
+    lengths: Tensor,
     rows: Tensor | None = None,
     among: Tensor | None = None,
     *,
@@ -51,9 +51,10 @@ def attend_held(
 
     Args:
         queries: `[R, W, H, d]`, with any strides.
-        keys: `[B, C, G, d]`, the new tokens' own among them.
-        values: likewise, with the same strides.
-        held: int64 `[R]`, positions of the context; all new tokens see these.
+        states: `[2, L, B, C, G, d]`, keys and values of all layers, the new tokens' own among them; see
+            `inference.graphed.held.Held`.
+        layer: which of them is attended to.
+        lengths: int64 `[R]`, positions of the context; all new tokens see these.
         rows: int64 `[R]`, the requests' places; None for the first R.
         among: bool `[W, E]`, which of the E tokens behind the context a new token sees; None where they are the new
             tokens themselves, one after another, and each sees those before it and itself.
@@ -63,6 +64,7 @@ def attend_held(
         `[R, W, H, d]`; zeros of a token that sees nothing.
     """
     count, width, heads, dim = queries.shape
+    keys, values = states[0, layer], states[1, layer]
     groups = heads // keys.shape[2]
     mixed = torch.empty(count, width, heads, dim, dtype=queries.dtype, device=queries.device)
     block = min(_MOST_ROWS, max(_NARROWEST, 1 << (groups * width - 1).bit_length()))
@@ -71,9 +73,9 @@ def attend_held(
         queries,
         keys,
         values,
-        held,
-        held if rows is None else rows,
-        held if among is None else among,
+        lengths,
+        lengths if rows is None else rows,
+        lengths if among is None else among,
         mixed,
         width,
         width if among is None else among.shape[1],
@@ -106,7 +108,7 @@ if triton is not None:
         queries,
         keys,
         values,
-        held,
+        lengths,
         places,
         among,
         mixed,
@@ -133,7 +135,7 @@ if triton is not None:
     ):
         part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         place = request if IN_PLACE else tl.load(places + request)
-        start = tl.load(held + request)
+        start = tl.load(lengths + request)
         row = part * ROWS + tl.arange(0, ROWS)
         token, own_head = row // GROUPS, head * GROUPS + row % GROUPS
         is_row = token < width

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from inference.feature_networks._layers import DraftShape, KeysValues
 from inference.graphed.attending import attend_held, can_attend
+from inference.graphed.held import Held
 from inference.trees import Level, TreePlan, added
 
 
@@ -40,11 +41,16 @@ class StaticContext:
         device: torch.device,
         tree: TreePlan | None = None,
     ) -> None:
-        size = (batch, capacity, shape.kv_heads, shape.head_dim)
-        self._layers = [
-            (torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
-            for _ in range(num_layers)
-        ]
+        self._states = Held(
+            num_layers,
+            batch=batch,
+            capacity=capacity,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._num_layers = num_layers
         self._last = torch.zeros(batch, 1, shape.hidden, dtype=dtype, device=device)
         self.held = torch.zeros(batch, dtype=torch.long, device=device)
         self._columns = torch.arange(capacity, device=device)
@@ -92,8 +98,9 @@ class StaticContext:
 
     def move(self, source: int, place: int) -> None:
         """Let a request lie in another place too."""
-        for tensor in (self.held, self._last, *(buffer for layer in self._layers for buffer in layer)):
+        for tensor in (self.held, self._last):
             tensor[place] = tensor[source]
+        self._states.move(source, place, length=self._capacity)
 
     def state(self) -> list[Tensor]:
         """What a round changes of all requests, keys and values apart."""
@@ -126,10 +133,7 @@ class StaticContext:
 
     def keys_values(self) -> KeysValues:
         """See `DraftContext.keys_values`."""
-        return [
-            (keys[: self._drafted, : self.shown].transpose(1, 2), values[: self._drafted, : self.shown].transpose(1, 2))
-            for keys, values in self._layers
-        ]
+        return [self._read(layer) for layer in range(self._num_layers)]
 
     def mask(self) -> Tensor:
         """See `DraftContext.mask`."""
@@ -165,13 +169,13 @@ class StaticContext:
         groups = heads // kv_heads
         if level.depth:
             places = self._tree_places[:, level.first : level.first + count].flatten()
-            for buffer, new in zip(self._layers[0], (keys, values), strict=True):
-                buffer.view(-1, kv_heads, width).index_copy_(0, places, new.flatten(0, 1))
+            self._states.write(0, keys.transpose(1, 2), values.transpose(1, 2), places)
         if self._by_kernel:
             among = self._among[level.row : level.row + count]
-            found: Tensor = attend_held(queries, *self._layers[0], self.held[:rows], among=among, scale=width**-0.5)
+            states, held = self._states.states, self.held[:rows]
+            found: Tensor = attend_held(queries, states, 0, held, among=among, scale=width**-0.5)
             return found.flatten(2)
-        held_keys, held_values = (buffer[:rows, : self.shown].transpose(1, 2) for buffer in self._layers[0])
+        held_keys, held_values = self._read(0)
         stacked = queries.unflatten(2, (kv_heads, groups)).transpose(1, 2).flatten(2, 3)
         mask = self._tree_mask[:, :, groups * level.row : groups * (level.row + count)]
         mixed = functional.scaled_dot_product_attention(stacked, held_keys, held_values, attn_mask=mask)
@@ -180,10 +184,15 @@ class StaticContext:
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._last.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self._layers)
+        return self._last.nbytes + self._states.nbytes()
+
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, `[R, kv_heads, S, head_dim]` of the requests that draft."""
+        keys, values = self._states.of(layer, shown=self.shown)
+        return keys[: self._drafted].transpose(1, 2), values[: self._drafted].transpose(1, 2)
 
     def _write(self, states: KeysValues, flat: Tensor) -> None:
         """Put states `[1, kv_heads, N, head_dim]` of each layer at N places of all requests' positions."""
-        for buffers, new in zip(self._layers, states, strict=True):
-            for buffer, one in zip(buffers, new, strict=True):
-                buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, one[0].transpose(0, 1).to(buffer.dtype))
+        dtype = self._states.states.dtype
+        for layer, (keys, values) in enumerate(states):
+            self._states.write(layer, keys.to(dtype), values.to(dtype), flat)

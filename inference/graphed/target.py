@@ -13,6 +13,7 @@ from torch.nn import functional
 from inference.batch.ragged import check_ragged
 from inference.errors import InputError
 from inference.graphed.attending import attend_held, can_attend
+from inference.graphed.held import Held
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
@@ -76,10 +77,15 @@ class StaticTarget:
         tables = rolled_tables(*model.base_model.rotary_emb(probe, torch.arange(capacity, device=device)[None]))
         self._cosine, self._sine = (table[0].clone() for table in tables)
         first = layers[0]
-        # In one tensor, so that a request moves in one kernel.
-        shape = (2, len(layers), batch, capacity, first.kv_heads, first.head_dim)
-        self._held = torch.zeros(shape, dtype=self.dtype, device=device)
-        self._keys, self._values = list(self._held[0]), list(self._held[1])
+        self._held = Held(
+            len(layers),
+            batch=batch,
+            capacity=capacity,
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+            dtype=self.dtype,
+            device=device,
+        )
         width = probe.shape[-1]
         self.states = torch.zeros(batch, capacity, width, dtype=self.dtype, device=device) if keep_states else None
         self.features = (
@@ -119,18 +125,15 @@ class StaticTarget:
         for index, layer in enumerate(self._layers):
 
             def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
-                buffers, scale = (self._keys[index], self._values[index]), self._layers[index].scaling
-                for buffer, new in zip(buffers, (key, value), strict=True):
-                    buffer.view(-1, *buffer.shape[2:]).index_copy_(0, flat, new.transpose(1, 2).flatten(0, 1))
+                held, scale = self._held, self._layers[index].scaling
+                held.write(index, key, value, flat)
                 if mask is None:
-                    among = None if tree is None else tree.above
-                    found: Tensor = attend_held(query.transpose(1, 2), *buffers, starts, rows, among, scale=scale)
+                    among, queries = None if tree is None else tree.above, query.transpose(1, 2)
+                    found: Tensor = attend_held(queries, held.states, index, starts, rows, among, scale=scale)
                     return found
                 keys, values = (
-                    (buffer[:count, :shown] if rows is None else buffer[:, :shown].index_select(0, rows)).transpose(
-                        1, 2
-                    )
-                    for buffer in buffers
+                    (read[:count] if rows is None else read.index_select(0, rows)).transpose(1, 2)
+                    for read in held.of(index, shown=shown)
                 )
                 stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
                 mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
@@ -172,8 +175,7 @@ class StaticTarget:
         count, length = ways.shape
         first = (self._every[:count] * self.capacity + starts)[:, None]
         source, place = (first + ways).flatten(), (first + torch.arange(length, device=ways.device)).flatten()
-        held = self._held.flatten(2, 3)
-        held.index_copy_(2, place, held.index_select(2, source))
+        self._held.keep(place, source)
         for kept in (self.states, self.features):
             if kept is not None:
                 rows = kept.flatten(0, 1)
@@ -181,7 +183,7 @@ class StaticTarget:
 
     def move(self, source: int, place: int, *, length: int) -> None:
         """Let a request's first positions lie in another place too, with all that is kept of them."""
-        self._held[:, :, place, :length] = self._held[:, :, source, :length]
+        self._held.move(source, place, length=length)
         for kept in (self.states, self.features):
             if kept is not None:
                 kept[place, :length] = kept[source, :length]
@@ -193,7 +195,7 @@ class StaticTarget:
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self._held.nbytes
+        return self._held.nbytes()
 
 
 def static_layers(target: CausalModel) -> list[LeanLayer]:

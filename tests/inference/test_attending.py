@@ -23,9 +23,9 @@ CROOKED = Tree.of([(1,), (3,), (3, 2), (3, 4), (3, 2, 0), (3, 4, 1)])
 
 def attended(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    held: Tensor,
+    states: Tensor,
+    layer: int,
+    lengths: Tensor,
     rows: Tensor | None = None,
     among: Tensor | None = None,
     *,
@@ -33,15 +33,15 @@ def attended(
 ) -> Tensor:
     """What `attend_held` gives, request by request and head by head."""
     count, width, heads, _ = queries.shape
-    groups = heads // keys.shape[2]
+    groups = heads // states.shape[4]
     own = torch.ones(width, width, dtype=torch.bool).tril() if among is None else among.cpu()
     mixed = torch.zeros(queries.shape, dtype=torch.float32)
     for request in range(count):
         place = request if rows is None else int(rows[request])
-        end = int(held[request]) + own.shape[1]
-        seen = torch.cat([own.new_ones(width, int(held[request])), own], dim=1)
+        end = int(lengths[request]) + own.shape[1]
+        seen = torch.cat([own.new_ones(width, int(lengths[request])), own], dim=1)
         for head in range(heads):
-            key, value = (states[place, :end, head // groups].float().cpu() for states in (keys, values))
+            key, value = states[:, layer, place, :end, head // groups].float().cpu()
             products = (queries[request, :, head].float().cpu() @ key.T * scale).masked_fill(~seen, -torch.inf)
             mixed[request, :, head] = products.softmax(-1).nan_to_num(0.0) @ value
     return mixed.to(queries)
@@ -120,9 +120,7 @@ def test_the_kernel_attends_as_said(
     generator = torch.Generator().manual_seed(0)
     places = requests + 2
     queries = torch.randn(requests, heads, width, dim, generator=generator).to("cuda", dtype).transpose(1, 2)
-    keys, values = (
-        torch.randn(places, capacity, heads // groups, dim, generator=generator).to("cuda", dtype) for _ in range(2)
-    )
+    states = torch.randn(2, 3, places, capacity, heads // groups, dim, generator=generator).to("cuda", dtype)
     assert can_attend(queries, head_dim=dim)
     held = torch.randint(capacity - width - 2, (requests,), generator=generator).cuda()
     held[0] = 0
@@ -132,8 +130,8 @@ def test_the_kernel_attends_as_said(
     for own_rows in (None, rows):
         for among in (None, sees[1:]):
             given = {"rows": own_rows, "among": among, "scale": 0.7 * dim**-0.5}
-            found = attend_held(queries, keys, values, held, **given)  # type: ignore[arg-type]
-            wanted = attended(queries, keys, values, held, **given)  # type: ignore[arg-type]
+            found = attend_held(queries, states, 1, held, **given)  # type: ignore[arg-type]
+            wanted = attended(queries, states, 1, held, **given)  # type: ignore[arg-type]
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
             if among is not None:
                 assert not found[0, 0].any()
