@@ -23,8 +23,10 @@ _NARROWEST = 16  # products are of no fewer rows or columns
 # Powers of two are what a GPU has.
 _LOG2_E = 1.4426950408889634
 _MOST_ROWS = 32  # of queries in one program
-# Keys looked at in one step: with few queries more than with many.
+# Keys looked at in one step: with few queries more than with many, and of wide heads fewer, so that those of two steps
+# fit into what a GPU's processors share (64 KiB).
 _KEYS, _KEYS_OF_FEW = 64, 128
+_NUMBERS, _STEPS = 8192, 2
 
 
 def can_attend(states: Tensor, *, head_dim: int) -> bool:
@@ -50,7 +52,7 @@ def attend_held(
     An operator of its own, so that torch.compile leaves the kernel as it is.
 
     Args:
-        queries: `[R, W, H, d]`, with any strides.
+        queries: `[R, W, H, d]`, the numbers of a head one after another.
         states: `[2, L, B, C, G, d]`, keys and values of all layers, the new tokens' own among them; see
             `inference.graphed.held.Held`.
         layer: which of them is attended to.
@@ -68,6 +70,7 @@ def attend_held(
     groups = heads // keys.shape[2]
     mixed = torch.empty(count, width, heads, dim, dtype=queries.dtype, device=queries.device)
     block = min(_MOST_ROWS, max(_NARROWEST, 1 << (groups * width - 1).bit_length()))
+    wide = max(_NARROWEST, 1 << (dim - 1).bit_length())
     grid = (-(-groups * width // block), keys.shape[2], count)
     _attend[grid](
         queries,
@@ -88,10 +91,11 @@ def attend_held(
         CHAIN=among is None,
         GROUPS=groups,
         DIM=dim,
-        WIDE=max(_NARROWEST, 1 << (dim - 1).bit_length()),
+        WIDE=wide,
         ROWS=block,
-        KEYS=_KEYS if block > _NARROWEST else _KEYS_OF_FEW,
+        KEYS=min(_KEYS if block > _NARROWEST else _KEYS_OF_FEW, _NUMBERS // wide),
         num_warps=4,
+        num_stages=_STEPS,
     )
     return mixed
 

@@ -125,15 +125,15 @@ class StaticTarget:
         for index, layer in enumerate(self._layers):
 
             def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
-                held, scale = self._held, self._layers[index].scaling
-                held.write(index, key, value, flat)
+                buffers, scale = self._held, self._layers[index].scaling
+                buffers.write(index, key, value, flat)
                 if mask is None:
                     among, queries = None if tree is None else tree.above, query.transpose(1, 2)
-                    found: Tensor = attend_held(queries, held.states, index, starts, rows, among, scale=scale)
+                    found: Tensor = attend_held(queries, buffers.states, index, starts, rows, among, scale=scale)
                     return found
                 keys, values = (
                     (read[:count] if rows is None else read.index_select(0, rows)).transpose(1, 2)
-                    for read in held.of(index, shown=shown)
+                    for read in buffers.of(index, shown=shown)
                 )
                 stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
                 mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)

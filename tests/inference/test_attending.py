@@ -112,6 +112,7 @@ def test_many_requests_ask_the_kernel_for_their_own_places(monkeypatch: pytest.M
         (2, 37, 8, 1, 128, 200),
         (1, 512, 9, 3, 64, 1024),
         (2, 3, 4, 1, 24, 70),
+        (1, 2, 8, 4, 256, 300),
     ],
 )
 def test_the_kernel_attends_as_said(
