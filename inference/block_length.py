@@ -38,6 +38,12 @@ class BlockChoice:
         siblings: tokens offered beside the one at each position.
         tree: what greedy captured rounds propose in place of the chain; None for the chain.
         weighed: the chain and the trees that it was compared with, on the validation prompts; empty where none were.
+        tree_when_sampled: whether sampled captured rounds propose the tree too.
+        weighed_sampled: the chain and the tree when sampled, decoded on the validation prompts; empty where they were
+            not compared.
+
+    Raises:
+        ValueError: `tree_when_sampled` without a tree.
     """
 
     tokens: int
@@ -48,11 +54,27 @@ class BlockChoice:
     siblings: list[int] = field(default_factory=list)
     tree: Tree | None = None
     weighed: list[WeighedTree] = field(default_factory=list)
+    tree_when_sampled: bool = False
+    weighed_sampled: list[WeighedTree] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.tree_when_sampled and self.tree is None:
+            raise ValueError("tree_when_sampled needs a tree")
 
     def measured(self, passes: Mapping[int, float], chances: Chances) -> Measured:
         """What adaptive policies start from, with the target's passes by width and what signals are worth."""
         costs = RoundCosts(passes, self.block_seconds, self.draft_seconds)
         return Measured(costs, tuple(self.conditional), chances)
+
+    def shaped_as(self, other: "BlockChoice") -> "BlockChoice":
+        """The choice with all that another one proposes."""
+        return replace(
+            self,
+            tokens=other.tokens,
+            siblings=other.siblings,
+            tree=other.tree,
+            tree_when_sampled=other.tree_when_sampled,
+        )
 
     @property
     def shape(self) -> str:
@@ -64,19 +86,25 @@ class BlockChoice:
 
     def to_json(self) -> dict[str, Any]:
         """For a file."""
-        plain = asdict(replace(self, tree=None, weighed=[]))
-        tree = None if self.tree is None else self.tree.to_json()
-        return {**plain, "tree": tree, "weighed": [one.to_json() for one in self.weighed]}
+        return {
+            **asdict(self),
+            "tree": None if self.tree is None else self.tree.to_json(),
+            "weighed": [one.to_json() for one in self.weighed],
+            "weighed_sampled": [one.to_json() for one in self.weighed_sampled],
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any], *, where: str) -> "BlockChoice":
-        """Read what `to_json` wrote, or wrote before there were trees."""
-        tree, weighed = data.get("tree"), data.get("weighed", [])
+        """Read what `to_json` wrote, or wrote before there were trees, or trees when sampled."""
+        tree = data.get("tree")
         return cls(
             **{
                 **data,
                 "tree": None if tree is None else Tree.from_json(tree, where=where),
-                "weighed": [WeighedTree.from_json(one, where=where) for one in weighed],
+                **{
+                    key: [WeighedTree.from_json(one, where=where) for one in data.get(key, [])]
+                    for key in ("weighed", "weighed_sampled")
+                },
             }
         )
 

@@ -28,7 +28,7 @@ from inference.graphed.growing import GrowingDecoder, growing_decoder
 from inference.lookahead import Lookahead, Measured
 from inference.lookahead.fixed import FixedLookahead, tree_of
 from inference.model import CausalModel
-from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, TREE_KEY, read_pair
+from inference.pair_files import DEFAULT_CACHE, PAIR_FILE, TREE_KEY, TREE_WHEN_SAMPLED_KEY, read_pair
 from inference.parallel import load_target
 from inference.placement import precisions_for
 from inference.plugins import plugin
@@ -74,7 +74,7 @@ class Pair:
         info: what `pair.json` says.
         target: the model whose output is kept.
         drafter: proposes tokens.
-        lookahead: how many, and the tree that greedy captured rounds propose.
+        lookahead: how many, and the tree that captured rounds propose, greedy ones or all.
         target_digest: of the target that decodes; another than the pair's own where that was allowed.
         captured: whether `generate` goes by captured rounds, see `load_pair`.
 
@@ -304,7 +304,7 @@ def _check_tree(lookahead: Lookahead, drafter: Drafter) -> None:
 
 def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured | None] = lambda: None) -> Lookahead:
     """Build a policy from the settings in `pair.json`; 0 tokens means that nothing is proposed. A fixed one may have a
-    tree for greedy captured rounds, under `tree`.
+    tree for greedy captured rounds, under `tree`, and have it for sampled ones too, by `tree_when_sampled`.
 
     Args:
         settings: of the policy.
@@ -317,14 +317,20 @@ def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured 
         if settings["tokens"] == 0:
             return FixedLookahead(0)
         module = plugin("inference.lookahead", settings["kind"])
-        config = module.Config(**{key: value for key, value in settings.items() if key != TREE_KEY})
+        own = {key: value for key, value in settings.items() if key not in (TREE_KEY, TREE_WHEN_SAMPLED_KEY)}
+        config = module.Config(**own)
         known = measured() if config.weighs_costs else None
         lookahead: Lookahead = config.build(config.tokens, config.siblings, known)
-        if settings.get(TREE_KEY) is not None:
+        data, when_sampled = settings.get(TREE_KEY), settings.get(TREE_WHEN_SAMPLED_KEY, False)
+        if not isinstance(when_sampled, bool):
+            raise ValueError(f"{TREE_WHEN_SAMPLED_KEY} is {when_sampled!r}, which is neither true nor false")
+        if data is not None or when_sampled:
             if not isinstance(lookahead, FixedLookahead):
                 raise ValueError(f"{config.kind} has no tree")
-            tree = Tree.from_json(settings[TREE_KEY], where=PAIR_FILE)
-            lookahead = FixedLookahead(config.tokens, siblings=config.siblings, tree=tree)
+            tree = None if data is None else Tree.from_json(data, where=PAIR_FILE)
+            lookahead = FixedLookahead(
+                config.tokens, siblings=config.siblings, tree=tree, tree_when_sampled=when_sampled
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"lookahead settings are off: {error}", where=PAIR_FILE, mend="publish the pair again"

@@ -13,6 +13,8 @@ DEFAULT_CACHE = Path("~/.cache/dspark")
 DRAFT_FILE = "draft.json"
 TREE_KEY = "tree"
 """Of a policy: the tree that greedy captured rounds propose, as `Tree.to_json` writes it."""
+TREE_WHEN_SAMPLED_KEY = "tree_when_sampled"
+"""Of a policy with a tree: whether sampled captured rounds propose it too; not there for no."""
 _KEYS = {"target": {"path", "revision", "digest", "attention"}, "draft": set(), "decoding": {"precision", "lookahead"}}
 
 
@@ -66,8 +68,8 @@ def read_draft_spec(folder: Path) -> dict[str, object]:
 def lookahead_words(settings: Mapping[str, Any]) -> str:
     """How much a pair proposes, for people: the policy, its longest block, and the size of its tree."""
     words = f"{settings.get('kind', '-')} lookahead of {settings.get('tokens')}"
-    size = tree_size(settings)
-    return f"{words}, trees of {size} when greedy and captured" if size else words
+    size, when = tree_size(settings), "captured" if settings.get(TREE_WHEN_SAMPLED_KEY) else "greedy and captured"
+    return f"{words}, trees of {size} when {when}" if size else words
 
 
 def tree_size(settings: Mapping[str, Any]) -> int:

@@ -1,5 +1,5 @@
 """Which tree a draft should propose: the target answers prompts, and what it went on with says which paths are worth
-their place; and whether any tree is worth what its rounds take."""
+their place; whether any tree is worth what its rounds take; and whether it is when answers are sampled."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from inference.graphed.written import num_copied
 from inference.prescore.responses import fixed_response
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
-from inference.scoring import ScorePrompt
+from inference.scoring import ScorePrompt, request_seed
 from inference.trees import Continuations, Tree
 
 _GREEDY = SamplingSettings()
@@ -53,11 +53,11 @@ def continuations(
 
 @dataclass(frozen=True)
 class WeighedTree:
-    """What greedy rounds of a tree, or of a chain, are expected to give.
+    """What rounds of a tree, or of a chain, are expected to give.
 
     Attributes:
         tree: what they propose.
-        tau: tokens a round, on the answers that the trees were chosen on.
+        tau: tokens a round: greedy, on the answers that the trees were chosen on; sampled, of answers to their prompts.
         seconds: of a round.
     """
 
@@ -110,3 +110,44 @@ def fastest_tree(weighed: Sequence[WeighedTree]) -> Tree | None:
     """The tree of the most tokens a second; None where that is the chain, which comes first."""
     best = max(weighed, key=lambda one: one.rate)
     return None if best is weighed[0] else best.tree
+
+
+def weigh_sampled(
+    decoder: GraphedDecoder,
+    tree: Tree,
+    prompts: Sequence[ScorePrompt],
+    *,
+    tokens: int,
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    seed: int,
+    name: str,
+) -> list[WeighedTree]:
+    """The chain, and after it the tree, each with its tau over sampled answers and what its rounds take here.
+
+    Args:
+        decoder: of the target and the draft.
+        tree: that greedy rounds propose.
+        prompts: that it was chosen on; never those it is measured on.
+        tokens: of the chain.
+        settings: of the answers, which are sampled.
+        max_new_tokens: per answer.
+        stop_tokens: end an answer.
+        seed: of the run.
+        name: of the draft.
+    """
+    request = Request(settings=settings, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+    seeds = [request_seed(seed, prompt.id, settings.temperature, name, "tree") for prompt in prompts]
+
+    def weighed(proposed: Tree | None) -> WeighedTree:
+        own = decoder.of_block(tokens, proposed, tree_when_sampled=True)
+        answers = [
+            own.decode(prompt.tokens, request=request, seed=each) for prompt, each in zip(prompts, seeds, strict=True)
+        ]
+        tau = sum(len(answer.tokens) for answer in answers) / sum(answer.passes for answer in answers)
+        took = own.timed(own.proposed(sampled=True), sampled=True).whole
+        return WeighedTree(proposed or Tree.chain(tokens), tau, took)
+
+    # The tree comes last, so that its rounds are those that are kept.
+    return [weighed(None), weighed(tree)]

@@ -1,5 +1,5 @@
 """Captured rounds in a score: which arms are decoded by them, prepared before anything is timed, what they take, and
-which trees greedy ones propose.
+which trees they propose.
 
 On a GPU a round run kernel by kernel is nearly all launches (docs/gpu.md), and speeds measured like that say little.
 The baseline is captured whenever anything is: a draft is compared with the fastest target-only decoding there is.
@@ -20,7 +20,7 @@ from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_ON
 from inference.graphed.decode import GraphedDecoder, follows
 from inference.graphed.timing import costs_of
 from inference.scoring import Arm, ScorePrompt
-from inference.tree_choice import continuations, fastest_tree, weigh_trees
+from inference.tree_choice import WeighedTree, continuations, fastest_tree, weigh_sampled, weigh_trees
 from inference.trees import Tree
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
@@ -101,7 +101,7 @@ def with_tree(
     context: RunContext, arm: Arm, choice: BlockChoice, prompts: Sequence[ScorePrompt], stops: frozenset[int]
 ) -> BlockChoice:
     """The choice of a captured arm with the tree that its greedy rounds propose, if one is expected to be faster than
-    the chain; one line says which. Of all other arms the choice as it is.
+    the chain, and whether sampled ones propose it too; one line each says which. Of all other arms the choice as it is.
 
     Args:
         context: of the run.
@@ -141,22 +141,84 @@ def with_tree(
         choice.tokens,
         chain.tau,
     )
-    return dataclasses.replace(choice, tree=tree, weighed=weighed)
+    choice = dataclasses.replace(choice, tree=tree, weighed=weighed)
+    return choice if tree is None else _with_sampled(context, arm.name, arm.captured, choice, tree, prompts, stops)
 
 
-def prepared(context: RunContext, arm: Arm, tokens: int, tree: Tree | None = None) -> GraphedDecoder | None:
-    """The decoder of a captured arm with blocks of `tokens` tokens or what it has, and in greedy rounds a tree as far
-    as it can propose it, all of it captured; None for an arm that is not captured. Asked for the same again, it is the
-    same."""
+def _with_sampled(
+    context: RunContext,
+    name: str,
+    decoder: GraphedDecoder,
+    choice: BlockChoice,
+    tree: Tree,
+    prompts: Sequence[ScorePrompt],
+    stops: frozenset[int],
+) -> BlockChoice:
+    """The choice with whether sampled rounds propose its tree: where it is faster than the chain at the score's highest
+    temperature."""
+    cfg = context.cfg
+    temperature = max(cfg.score.temperatures)
+    # One token at every depth is what a chain proposes, of which more stands by rejection than by noise that is shared.
+    if temperature == 0.0 or tree.size == tree.depth:
+        return choice
+    weighed = weigh_sampled(
+        decoder,
+        tree,
+        prompts,
+        tokens=choice.tokens,
+        settings=cfg.decode.settings(temperature),
+        max_new_tokens=cfg.decode.max_new_tokens,
+        stop_tokens=stops,
+        seed=cfg.seed,
+        name=name,
+    )
+    chain, best = weighed
+    when_sampled = fastest_tree(weighed) is not None
+    logger.info(
+        "%s: sampled rounds propose %s; at temperature %g the tree of %d has tau %.2f and is %.2f times as fast as the "
+        "chain of %d (tau %.2f)",
+        name,
+        "the tree" if when_sampled else "the chain",
+        temperature,
+        tree.size,
+        best.tau,
+        best.rate / chain.rate,
+        choice.tokens,
+        chain.tau,
+    )
+    return dataclasses.replace(choice, tree_when_sampled=when_sampled, weighed_sampled=weighed)
+
+
+def prepared(
+    context: RunContext, arm: Arm, tokens: int, tree: Tree | None = None, *, tree_when_sampled: bool = False
+) -> GraphedDecoder | None:
+    """The decoder of a captured arm with blocks of `tokens` tokens or what it has, and in greedy rounds, or in all, a
+    tree as far as it can propose it, all of it captured; None for an arm that is not captured. Asked for the same
+    again, it is the same."""
     if arm.captured is None:
         return None
     cfg = context.cfg
     if tree is not None and isinstance(arm.drafter, FeatureDrafter):
         tree = arm.drafter.network.fitting_tree(tree)
-    decoder = arm.captured.of_block(min(tokens, arm.captured.rounds.block), tree)
+    block = min(tokens, arm.captured.rounds.block)
+    decoder = arm.captured.of_block(block, tree, tree_when_sampled=tree_when_sampled)
     longest = min(cfg.score.max_prompt_tokens, arm.target.context_limit - 1)
     decoder.prepare(longest_prompt=longest, sampled={t > 0.0 for t in cfg.score.temperatures})
     return decoder
+
+
+def by_chains(context: RunContext, arm: Arm, *, temperature: float) -> Arm | None:
+    """The arm with chains in place of the tree that its rounds propose at this temperature; None where they propose
+    none.
+
+    Args:
+        context: of the run.
+        arm: as it is scored.
+        temperature: of requests.
+    """
+    if arm.captured is None or not arm.captured.rounds.proposes_tree(sampled=temperature > 0.0):
+        return None
+    return dataclasses.replace(arm, captured=prepared(context, arm, arm.captured.rounds.block))
 
 
 def captured_costs(context: RunContext, arm: Arm) -> RoundCosts | None:
@@ -195,25 +257,35 @@ def captured_markdown(plan: "ScorePlan") -> str:
 
 def _trees_markdown(plan: "ScorePlan") -> str:
     """The trees that were weighed; empty where none were."""
-    rows = [
+    rows = []
+    for name, choice in plan.blocks.items():
+        rows += _weighed_rows(name, "greedy", choice.weighed, choice.tree)
+        sampled = choice.tree if choice.tree_when_sampled else None
+        rows += _weighed_rows(name, "sampled", choice.weighed_sampled, sampled)
+    if not rows:
+        return ""
+    header = ["draft", "rounds", "proposed", "drafted deep", "copied", "expected tau", "ms a round"]
+    return (
+        "\nGreedy rounds propose the tree that was chosen, and sampled ones where it was chosen for them too, else the "
+        "chain. What is copied from the text is a branch of its own beside the drafted ones. Trees are made and "
+        "weighed on validation prompts, for sampled rounds by answers at the highest temperature.\n\n"
+        + markdown_table([*header, "times the chain", "chosen"], rows)
+    )
+
+
+def _weighed_rows(name: str, rounds: str, weighed: Sequence[WeighedTree], tree: Tree | None) -> list[list[str]]:
+    """What a draft's greedy or sampled rounds may propose, the chain first, of which they propose the tree if any."""
+    return [
         [
             name,
-            f"{'chain' if one is choice.weighed[0] else 'tree'} of {one.tree.size}",
+            rounds,
+            f"{'chain' if one is weighed[0] else 'tree'} of {one.tree.size}",
             str(one.tree.drafted_depth),
             str(one.tree.lookup),
             f"{one.tau:.2f}",
             f"{1e3 * one.seconds:.2f}",
-            f"{one.rate / choice.weighed[0].rate:.2f}",
-            "yes" if one.tree == (choice.tree or choice.weighed[0].tree) else "no",
+            f"{one.rate / weighed[0].rate:.2f}",
+            "yes" if one.tree == (tree or weighed[0].tree) else "no",
         ]
-        for name, choice in plan.blocks.items()
-        for one in choice.weighed
+        for one in weighed
     ]
-    if not rows:
-        return ""
-    header = ["draft", "proposed", "drafted deep", "copied", "expected tau", "ms a round", "times the chain", "chosen"]
-    return (
-        "\nWhere a tree was chosen it is what greedy rounds propose; sampled ones propose the chain. What is "
-        "copied from the text is a branch of its own beside the drafted ones. Trees are made and weighed on validation "
-        "prompts.\n\n" + markdown_table(header, rows)
-    )

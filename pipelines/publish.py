@@ -14,7 +14,7 @@ from typing import Any
 
 from inference.errors import InputError
 from inference.lookahead.fixed import Config as FixedConfig
-from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, TREE_KEY, read_pair
+from inference.pair_files import PAIR_FILE, SCHEMA_VERSION, TREE_KEY, TREE_WHEN_SAMPLED_KEY, read_pair
 from inference.statistics import BASELINE, Scorecard
 from pipelines import provenance
 from pipelines.artifacts import MANIFEST, Artifact
@@ -31,7 +31,15 @@ from pipelines.lineage import tracked
 from pipelines.model_card import model_card
 from pipelines.pairs.digests import seal
 from pipelines.registry import CHAMPION, move_alias, next_version, versions
-from pipelines.score_files import PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE_FILE, read_records, read_scorecards
+from pipelines.score_files import (
+    CHAINS_FILE,
+    PLOT_FILE,
+    RECORDS_FILE,
+    SCORECARD_FILE,
+    TABLE_FILE,
+    read_records,
+    read_scorecards,
+)
 from pipelines.select import Decision, read_decision
 from pipelines.took import FRESH, PUBLISH, STAGES_FILE, stages_of
 from pipelines.verify import CHECKS_FILE, Check
@@ -158,8 +166,8 @@ def _copy_files(lineage: Lineage, aside: Path) -> None:
     shutil.copytree(lineage.draft.path / DRAFT_FOLDER, aside / "draft")
     scored = [lineage.score.path / file for file in (SCORECARD_FILE, TABLE_FILE, PLOT_FILE, RECORDS_FILE)]
     scored += sorted(lineage.score.path.glob("calibration-*.json"))
-    curve = lineage.draft.path / HISTORY_FILE
-    for file in [*scored, *([curve] if curve.is_file() else [])]:
+    extra = [lineage.score.path / CHAINS_FILE, lineage.draft.path / HISTORY_FILE]
+    for file in [*scored, *(file for file in extra if file.is_file())]:
         shutil.copyfile(file, aside / file.name)
 
 
@@ -268,7 +276,7 @@ def _captured_rounds(scorecard: dict[str, Any], name: str) -> dict[str, Any] | N
 
 def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dict[str, Any]:
     """Settings of the policy an arm was measured with: the configured one, but of captured rounds a fixed block, and
-    the tree of greedy ones where they had one."""
+    their tree where they had one."""
     own, captured = context.cfg.lookahead, _captured_rounds(scorecard, name)
     block = scorecard["blocks"].get(name, {"tokens": 0, "siblings": []})
     if captured is None:
@@ -289,8 +297,12 @@ def _lookahead(context: RunContext, scorecard: dict[str, Any], name: str) -> dic
         tree_depths=own.tree_depths,
         tree_lookup=own.tree_lookup,
     )
-    tree = captured.get("tree")
-    return {**plain(asdict(fixed)), "tokens": tokens, **({} if tree is None else {TREE_KEY: tree})}
+    settings = {**plain(asdict(fixed)), "tokens": tokens}
+    if captured.get("tree") is not None:
+        settings[TREE_KEY] = captured["tree"]
+    if captured.get("tree_when_sampled"):
+        settings[TREE_WHEN_SAMPLED_KEY] = True
+    return settings
 
 
 def _pair_info(

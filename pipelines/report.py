@@ -85,8 +85,8 @@ def _positions_section(cards: list[Scorecard], blocks: Mapping[str, BlockChoice]
     return (
         "## Conditional acceptance by position (all domains)\n\nOf the chain's own tokens; a block of 2+(3,1) offers "
         "three more tokens beside its first and one beside its second. Where a tree was chosen, greedy rounds propose "
-        "it, and a position is any of its tokens that deep, drafted or copied.\n\n"
-        + markdown_table(["draft", "T", "block", *(str(k + 1) for k in range(positions))], rows)
+        "it, sampled ones where it was chosen for them too, and a position is any of its tokens that deep, drafted or "
+        "copied.\n\n" + markdown_table(["draft", "T", "block", *(str(k + 1) for k in range(positions))], rows)
     )
 
 

@@ -24,7 +24,7 @@ from inference.statistics import BASELINE, OVERALL, Scorecard, find_card, scorec
 from inference.target import stop_tokens
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.build import DRAFT_FOLDER
-from pipelines.captured import captured_arms, captured_markdown, captures
+from pipelines.captured import by_chains, captured_arms, captured_markdown, captures
 from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus import SplitPrompt, read_prompts
@@ -33,7 +33,7 @@ from pipelines.files import write_text
 from pipelines.prescore import PRESCORE_FILE, Ranking, prescore_markdown, rank_arms
 from pipelines.progress import tracked
 from pipelines.report import scorecard_markdown, scorecard_plot
-from pipelines.score_files import PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE_FILE, read_records
+from pipelines.score_files import CHAINS_FILE, PLOT_FILE, RECORDS_FILE, SCORECARD_FILE, TABLE_FILE, read_records
 from pipelines.score_plan import ScorePlan, make_score_plan, with_lookahead
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,9 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], wo
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
     warm_up(context, arms, prompts["validation"][0], stops)
     by_id = {prompt.id: prompt for prompt in prompts["heldout"]}
-    _measure(context, arms, [by_id[i] for i in plan.prompts], plan, stops, work.folder / RECORDS_FILE)
+    chosen = [by_id[i] for i in plan.prompts]
+    _measure(context, arms, chosen, plan, stops, work.folder / RECORDS_FILE)
+    _measure_chains(context, arms, chosen, stops, work.folder / CHAINS_FILE)
     records = read_records(work.folder / RECORDS_FILE)
     cards = scorecards(records, price_per_hour=cfg.score.price_per_hour, seed=cfg.seed)
     check_scorecards(cards)
@@ -204,6 +206,38 @@ def _measure(
                     logger.info("%s: speedup %.2f so far, measured no further", arm, speedup)
                 running = [arm for arm in arms if arm not in slow]
             records += decode_missing(context, [arms[name] for name in running], prompt, done, stops, stream)
+
+
+def _measure_chains(
+    context: RunContext, arms: dict[str, Arm], prompts: list[ScorePrompt], stops: frozenset[int], path: Path
+) -> None:
+    """Decode by chains what was decoded by trees, for who watches requests by chains; no speed is taken from it."""
+    cfg = context.cfg
+    chains: dict[float, list[Arm]] = {}
+    for temperature in cfg.score.temperatures:
+        made = [by_chains(context, arm, temperature=temperature) for arm in arms.values()]
+        chains[temperature] = [arm for arm in made if arm is not None]
+    if not any(chains.values()):
+        return
+    known = read_records(path)
+    write_text(path, "".join(record.to_json() + "\n" for record in known))  # drops what was torn
+    done = {(record.arm, record.prompt_id, record.temperature) for record in known}
+    with path.open("a", encoding="utf-8") as stream:
+        for prompt in tracked(prompts, "chains", unit="prompts"):
+            for temperature, own in chains.items():
+                missing = [arm for arm in own if (arm.name, prompt.id, temperature) not in done]
+                if not missing:
+                    continue
+                new = score_prompt(
+                    [arms[BASELINE], *missing],
+                    prompt,
+                    settings=cfg.decode.settings(temperature),
+                    max_new_tokens=cfg.decode.max_new_tokens,
+                    stop_tokens=stops,
+                    seed=cfg.seed,
+                )
+                stream.write("".join(record.to_json() + "\n" for record in new if record.arm != BASELINE))
+                stream.flush()
 
 
 def decode_missing(
@@ -329,6 +363,7 @@ def write_results(
                 "tokens": arm.captured.rounds.block,
                 "positions": arm.captured.rounds.capacity,
                 "tree": None if arm.captured.tree is None else arm.captured.tree.to_json(),
+                "tree_when_sampled": arm.captured.rounds.tree_when_sampled,
             }
             for name, arm in arms.items()
             if arm.captured is not None

@@ -7,6 +7,9 @@ from inference.statistics import Scorecard, scorecards
 from pipelines.files import read_json
 
 RECORDS_FILE = "records.jsonl"
+CHAINS_FILE = "chains.jsonl"
+"""Records of chains, of drafts whose captured rounds were scored by trees: what requests by chains, as a server makes
+them, are held against. Not there where no tree was scored."""
 SCORECARD_FILE = "scorecard.json"
 TABLE_FILE = "scorecard.md"
 PLOT_FILE = "scorecard.png"

@@ -223,7 +223,7 @@ def _calibrate(
 
 def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, measured: Measured | None = None) -> Arm:
     """The arm with the policy it is scored under; a captured one proposes the same number of tokens every round, in a
-    chain or, greedy, in the tree that was chosen.
+    chain or in the tree that was chosen for such rounds.
 
     Args:
         context: of the run.
@@ -231,10 +231,14 @@ def with_lookahead(context: RunContext, arm: Arm, choice: BlockChoice | None, me
         choice: block of the draft; None for the baseline.
         measured: of the draft; None for a block of the chosen length whatever the policy, as the time plan wants it.
     """
-    captured = prepared(context, arm, choice.tokens, choice.tree) if choice else prepared(context, arm, 0)
+    if choice is None:
+        captured = prepared(context, arm, 0)
+    else:
+        captured = prepared(context, arm, choice.tokens, choice.tree, tree_when_sampled=choice.tree_when_sampled)
     lookahead: Lookahead = FixedLookahead(0)
     if captured is not None:
-        lookahead = FixedLookahead(captured.rounds.block, tree=captured.tree)
+        rounds = captured.rounds
+        lookahead = FixedLookahead(rounds.block, tree=captured.tree, tree_when_sampled=rounds.tree_when_sampled)
     elif choice is not None and measured is None:
         lookahead = FixedLookahead(choice.tokens, siblings=choice.siblings)
     elif choice is not None:

@@ -18,7 +18,7 @@ from inference.errors import InputError
 from inference.graphed.arms import decoder_of_capacity
 from inference.graphed.asked import CAPTURED_OFF
 from inference.graphed.decode import GraphedDecoder
-from inference.lookahead.fixed import tree_of
+from inference.lookahead.fixed import tree_of, tree_when_sampled
 from inference.pair import Pair, load_pair
 from inference.pair_files import DEFAULT_CACHE, read_pair
 from inference.randomness import TorchSource
@@ -108,6 +108,7 @@ def faithful(pair: Pair, checks: Sequence[Check], *, drafter: Drafter | None = N
                 block=pair.lookahead.longest,
                 capacity=positions,
                 tree=tree_of(pair.lookahead),
+                tree_when_sampled=tree_when_sampled(pair.lookahead),
             )
         decoded = repeat(pair, check, drafter=drafter, captured=decoders.get(positions))
         yield check, tokens_digest(decoded.tokens) == check.digest and check.passes in (0, decoded.passes)

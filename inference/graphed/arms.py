@@ -50,6 +50,7 @@ def captured_decoder(
     block: int,
     tokens: int,
     tree: Tree | None = None,
+    tree_when_sampled: bool = False,
     timed: Timed | None = None,
 ) -> GraphedDecoder:
     """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
@@ -60,6 +61,7 @@ def captured_decoder(
         block: tokens proposed a round, at most `longest_block`; 0 without a draft.
         tokens: of the longest request, prompt and answer.
         tree: what greedy rounds propose in place of a chain; see `Rounds`.
+        tree_when_sampled: whether sampled rounds propose it too; likewise.
         timed: see `GraphedDecoder`.
 
     Raises:
@@ -67,7 +69,15 @@ def captured_decoder(
         ValueError: a tree that the draft cannot propose.
     """
     capacity = capacity_for(target, tokens, block=max(block, 0 if tree is None else tree.size))
-    return decoder_of_capacity(target, drafter, block=block, capacity=capacity, tree=tree, timed=timed)
+    return decoder_of_capacity(
+        target,
+        drafter,
+        block=block,
+        capacity=capacity,
+        tree=tree,
+        tree_when_sampled=tree_when_sampled,
+        timed=timed,
+    )
 
 
 def decoder_of_capacity(
@@ -77,6 +87,7 @@ def decoder_of_capacity(
     block: int,
     capacity: int,
     tree: Tree | None = None,
+    tree_when_sampled: bool = False,
     timed: Timed | None = None,
 ) -> GraphedDecoder:
     """`captured_decoder` with so many positions: buffers of another length may round otherwise.
@@ -87,6 +98,7 @@ def decoder_of_capacity(
         block: likewise.
         capacity: positions of a request, as `GraphedDecoder.rounds` had them.
         tree: likewise.
+        tree_when_sampled: likewise.
         timed: likewise.
 
     Raises:
@@ -96,4 +108,5 @@ def decoder_of_capacity(
     if not can_be_captured(drafter):
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
-    return GraphedDecoder(Rounds(target, network, block=block, capacity=capacity, tree=tree), timed=timed)
+    rounds = Rounds(target, network, block=block, capacity=capacity, tree=tree, tree_when_sampled=tree_when_sampled)
+    return GraphedDecoder(rounds, timed=timed)

@@ -34,7 +34,7 @@ def follows(settings: SamplingSettings) -> bool:
 
 class GraphedDecoder:
     """Decodes one request after another; the law and, greedy, the tokens are those of `inference.decoder.decode` with a
-    fixed block, or of a tree in greedy rounds.
+    fixed block, whether rounds propose a chain or a tree.
 
     Parts of a round are not told apart while it runs. Where its parts were timed (see `timed`), drafting and verifying
     get their seconds of every round and `other` the rest: acceptance, reading, the host. Otherwise all is `verify`'s.
@@ -62,14 +62,16 @@ class GraphedDecoder:
 
     # Other proposals
 
-    def of_block(self, block: int, tree: Tree | None = None) -> "GraphedDecoder":
-        """The decoder of the same target and draft that proposes `block` tokens, and in greedy rounds a tree where one
-        is given; the last one made is kept."""
-        if (block, tree) == (self.rounds.block, self.tree):
+    def of_block(self, block: int, tree: Tree | None = None, *, tree_when_sampled: bool = False) -> "GraphedDecoder":
+        """The decoder of the same target and draft that proposes `block` tokens, and in greedy rounds, or in all, a
+        tree where one is given; the last one made is kept."""
+        asked = (block, tree, tree_when_sampled and tree is not None)
+        if asked == self._proposals:
             return self
-        if self._other is None or (block, tree) != (self._other.rounds.block, self._other.tree):
+        if self._other is None or asked != self._other._proposals:
             self._other = None
-            self._other = GraphedDecoder(self._rounds_of(block, tree), timed=self._timed)
+            rounds = self._rounds_of(block, tree, tree_when_sampled=tree_when_sampled)
+            self._other = GraphedDecoder(rounds, timed=self._timed)
         return self._other
 
     def timed(self, proposed: int | Tree, *, sampled: bool) -> RoundSeconds:
@@ -79,22 +81,27 @@ class GraphedDecoder:
         Rounds of other proposals than the decoder's own are dropped again.
         """
         if (proposed, sampled) not in self._timed:
-            own = self._proposed(sampled) == proposed
+            own = self.proposed(sampled=sampled) == proposed
             block, tree = (0, proposed) if isinstance(proposed, Tree) else (proposed, None)
-            rounds = self.rounds if own else self._rounds_of(block, tree)
+            rounds = self.rounds if own else self._rounds_of(block, tree, tree_when_sampled=sampled)
             length = min(_TIMED_CONTEXT_TOKENS, rounds.capacity // 2)
             self._timed[proposed, sampled] = round_seconds(rounds, length=length, sampled=sampled)
         return self._timed[proposed, sampled]
 
-    def _tree(self, *, sampled: bool) -> Tree | None:
-        """What the decoder's own rounds propose; None for the chain."""
-        return self.tree if self.rounds.proposes_tree(sampled=sampled) else None
-
-    def _proposed(self, sampled: bool) -> int | Tree:
-        """Likewise, as `timed` names it."""
+    def proposed(self, *, sampled: bool) -> int | Tree:
+        """What the decoder's own rounds propose, as `timed` names it."""
         return self._tree(sampled=sampled) or self.rounds.block
 
-    def _rounds_of(self, block: int, tree: Tree | None) -> Rounds:
+    def _tree(self, *, sampled: bool) -> Tree | None:
+        """Likewise; None for the chain."""
+        return self.tree if self.rounds.proposes_tree(sampled=sampled) else None
+
+    @property
+    def _proposals(self) -> tuple[int, Tree | None, bool]:
+        """The chain's length, the tree, and whether sampled rounds propose it."""
+        return self.rounds.block, self.tree, self.rounds.tree_when_sampled
+
+    def _rounds_of(self, block: int, tree: Tree | None, *, tree_when_sampled: bool) -> Rounds:
         own = self.rounds
         return Rounds(
             own.target.target,
@@ -102,7 +109,7 @@ class GraphedDecoder:
             block=block,
             capacity=own.capacity,
             tree=tree,
-            tree_when_sampled=own.tree_when_sampled,
+            tree_when_sampled=tree_when_sampled,
         )
 
     # Decoding
@@ -116,7 +123,7 @@ class GraphedDecoder:
         """
         rounds = self.rounds
         for each in sampled:
-            self.timed(self._proposed(each), sampled=each)
+            self.timed(self.proposed(sampled=each), sampled=each)
             rounds.prepare(sampled=each)
         rounds.prepare_prompts(min(longest_prompt, rounds.capacity - rounds.width), together=1)
 
@@ -240,7 +247,7 @@ class GraphedDecoder:
 
     def _split(self, result: Decoded, seconds: float, *, sampled: bool) -> None:
         """Book the seconds of all rounds of a request under their parts."""
-        known = self._timed.get((self._proposed(sampled), sampled), RoundSeconds(seconds, 0.0, seconds))
+        known = self._timed.get((self.proposed(sampled=sampled), sampled), RoundSeconds(seconds, 0.0, seconds))
         draft = min(seconds, result.passes * known.draft)
         verify = min(seconds - draft, result.passes * known.verify)
         result.seconds |= {"draft": draft, "verify": verify, "other": seconds - draft - verify}

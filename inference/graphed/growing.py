@@ -20,7 +20,7 @@ from inference.graphed.asked import CAPTURED, CAPTURED_AUTO, CAPTURED_OFF, CAPTU
 from inference.graphed.decode import GraphedDecoder, Timed, follows
 from inference.graphed.target import static_layers
 from inference.lookahead import Lookahead
-from inference.lookahead.fixed import FixedLookahead, tree_of
+from inference.lookahead.fixed import FixedLookahead, tree_of, tree_when_sampled
 from inference.model import CausalModel
 from inference.parallel import ParallelModel
 from inference.request import Decoded, Request
@@ -37,7 +37,7 @@ def growing_decoder(
     Args:
         target: verifies.
         drafter: proposes.
-        lookahead: how many tokens, and the tree of greedy rounds.
+        lookahead: how many tokens, and the tree of rounds that propose one.
         asked: see `inference.graphed.asked`.
 
     Raises:
@@ -57,7 +57,9 @@ def growing_decoder(
     # A block of nothing is target-only decoding, whoever would draft.
     drafter, tree = (drafter, tree_of(lookahead)) if lookahead.longest else (NoDrafter(), None)
     block = min(lookahead.longest, longest_block(drafter))
-    return GrowingDecoder(target, drafter, block=block, tree=tree, strict=strict)
+    return GrowingDecoder(
+        target, drafter, block=block, strict=strict, tree=tree, tree_when_sampled=tree_when_sampled(lookahead)
+    )
 
 
 def obstacle(target: CausalModel, drafter: Drafter, lookahead: Lookahead) -> str:
@@ -82,15 +84,23 @@ class GrowingDecoder:
         target: see `captured_decoder`.
         drafter: likewise.
         block: likewise.
-        tree: likewise.
         strict: refuse a request that captured rounds do not follow, instead of leaving it to others.
+        tree: likewise.
+        tree_when_sampled: likewise.
     """
 
     def __init__(
-        self, target: CausalModel, drafter: Drafter, *, block: int, strict: bool, tree: Tree | None = None
+        self,
+        target: CausalModel,
+        drafter: Drafter,
+        *,
+        block: int,
+        strict: bool,
+        tree: Tree | None = None,
+        tree_when_sampled: bool = False,
     ) -> None:
         self._target, self._drafter, self._strict = target, drafter, strict
-        self._block, self._tree = block, tree
+        self._block, self._tree, self._tree_when_sampled = block, tree, tree_when_sampled
         self._decoder: GraphedDecoder | None = None
         self._timed: Timed = {}
         # Fewest tokens that no buffers could be made for, and why.
@@ -129,8 +139,8 @@ class GrowingDecoder:
             if self._strict:
                 raise _refusal(error.what) from None
             return None
-        greedy = request.settings.greedy
-        decoder.timed(self._tree if greedy and self._tree is not None else self._block, sampled=not greedy)
+        sampled = not request.settings.greedy
+        decoder.timed(decoder.proposed(sampled=sampled), sampled=sampled)
         return decoder.decode(prompt, request=request, seed=seed, on_tokens=on_tokens)
 
     def _decoder_for(self, tokens: int, request: Request) -> GraphedDecoder:
@@ -159,7 +169,13 @@ class GrowingDecoder:
             gc.collect()  # rounds and what is captured of them hold each other
         try:
             return captured_decoder(
-                self._target, self._drafter, block=self._block, tokens=tokens, tree=self._tree, timed=self._timed
+                self._target,
+                self._drafter,
+                block=self._block,
+                tokens=tokens,
+                tree=self._tree,
+                tree_when_sampled=self._tree_when_sampled,
+                timed=self._timed,
             )
         except torch.OutOfMemoryError:
             reason = f"the device has no room for captured rounds of {tokens} tokens"

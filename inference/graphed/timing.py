@@ -65,7 +65,7 @@ def round_seconds(rounds: Rounds, *, length: int, sampled: bool, by_part: bool =
     Args:
         rounds: of any number of requests.
         length: tokens before the anchor.
-        sampled: at a temperature; greedy rounds propose the tree where there is one.
+        sampled: at a temperature; rounds propose the tree where there is one for such rounds.
         by_part: also capture and time the parts; without it, and without a draft, all counts as verifying.
     """
     device = rounds.anchors.device

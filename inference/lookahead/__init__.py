@@ -158,7 +158,8 @@ class BlockConfig:
         siblings: tokens offered beside the one at each position, where `tokens` is set.
         siblings_auto: most of them beside one position that the automatic choice may take; 0 for chains alone.
         trees: sizes, in drafted tokens a round, of the trees that the score tries for greedy captured rounds; the one
-            that pays most on validation prompts is taken in place of the chain, if any does. Empty for chains alone.
+            that pays most on validation prompts is taken in place of the chain, if any does, and by sampled ones too
+            if it pays there. Empty for chains alone.
         tree_depths: most drafted tokens of a path of a tree; every size is tried with each.
         tree_lookup: tokens of one more branch of every tree, copied from where the text's end stood before; 0 for none.
         weighs_costs: whether the policy needs measured seconds.

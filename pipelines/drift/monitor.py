@@ -106,8 +106,8 @@ def _t_quantile(level: float, freedom: int) -> float:
 def stratum_name(domain: str, temperature: float, *, tree: int = 0) -> str:
     """A stratum in words, as in `chat, greedy`; rounds of a tree accept more at every depth than chains and are told
     apart, since one pair may be served by both."""
-    kind = "sampled" if temperature > 0 else f"greedy by trees of {tree}" if tree else "greedy"
-    return f"{domain or 'unknown'}, {kind}"
+    kind = "sampled" if temperature > 0 else "greedy"
+    return f"{domain or 'unknown'}, {kind}{f' by trees of {tree}' if tree else ''}"
 
 
 def references(records: Iterable[Record], arm: str) -> dict[str, float]:

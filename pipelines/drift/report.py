@@ -18,7 +18,7 @@ from pipelines.drift.mix import LEARN
 from pipelines.drift.monitor import Alarm, State, alarms, interval, load, observe, references, save
 from pipelines.files import replacing, write_json, write_text
 from pipelines.report import markdown_table
-from pipelines.score_files import RECORDS_FILE, read_records
+from pipelines.score_files import CHAINS_FILE, RECORDS_FILE, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def run_drift(
     # Known changes alarm without any log; only acceptance needs one.
     changed = _changed(info, target_folder, target_digest)
     traffic = read_traffic(log) if log.is_dir() or not changed else Traffic([], 0, 0, 0, 0, 0)
-    published = references(read_records(pair_folder / RECORDS_FILE), info["draft"]["name"])
+    scored = [record for file in (RECORDS_FILE, CHAINS_FILE) for record in read_records(pair_folder / file)]
+    published = references(scored, info["draft"]["name"])
     observe(state, traffic.records, published, cfg)
     save(state, out / STATE_FILE)
     found = [*changed, *alarms(state)]

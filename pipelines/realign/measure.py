@@ -2,7 +2,6 @@
 random order prompt by prompt, until the gate has decided. A killed one goes on after its last whole prompt.
 """
 
-import dataclasses
 import logging
 import math
 from collections import Counter
@@ -78,11 +77,7 @@ def _make(context: RunContext, corpus: Artifact, drafts: dict[str, Artifact], op
     plan = make_score_plan(context, arms, prompts, stops, work.folder / SCORE_PLAN_FILE)
     if opponent in plan.blocks:
         # Drafts are compared and not shapes of blocks: both propose as suits the opponent on this target.
-        shape = plan.blocks[opponent]
-        own = dataclasses.replace(
-            plan.blocks[CHALLENGER], tokens=shape.tokens, siblings=shape.siblings, tree=shape.tree
-        )
-        plan.blocks[CHALLENGER] = own
+        plan.blocks[CHALLENGER] = plan.blocks[CHALLENGER].shaped_as(plan.blocks[opponent])
     measured = plan.measured(context)
     arms = {n: with_lookahead(context, arm, plan.blocks.get(n), measured.get(n)) for n, arm in arms.items()}
     warm_up(context, arms, prompts["validation"][0], stops)

@@ -31,7 +31,7 @@ from inference.prescore.ranking import prescore
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.scoring import Arm, ScorePrompt, score_prompt
-from inference.tree_choice import fastest_tree, weigh_trees
+from inference.tree_choice import fastest_tree, weigh_sampled, weigh_trees
 from inference.trees import Continuations, Tree
 from tests.inference.families import family_model
 from tests.inference.test_feature_drafts import CONFIGS, network_for
@@ -240,6 +240,84 @@ def test_trees_are_weighed_against_the_chain_by_what_their_rounds_take(
     copying = weigh_trees(decoder, nothing, tokens=1, sizes=[4, 8], depths=[1, 2], lookup=3)
     assert [(each.tree, each.tau) for each in copying] == [(Tree.chain(1), 1.0), (Tree.chain(1, lookup=3), 1.0)]
     assert copying[1].tree.to_json() == {"paths": [[0]], "lookup": 3}
+
+
+@pytest.mark.parametrize("tree_seconds", [1e-3, 1e3])
+def test_a_tree_is_weighed_against_the_chain_by_answers_when_sampled(
+    target: CausalModel, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch, tree_seconds: float
+) -> None:
+    decoder, tree = captured(target, network), Tree.of([(0,), (1,), (0, 0)], lookup=2)
+    timed: list[tuple[bool, bool]] = []
+
+    def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
+        own = rounds.proposes_tree(sampled=sampled)
+        timed.append((own, sampled))
+        return RoundSeconds(tree_seconds, 0.0, 0.0) if own else RoundSeconds(1.0, 0.0, 0.0)
+
+    monkeypatch.setattr(decode_module, "round_seconds", seconds)
+    settings = SamplingSettings(temperature=0.8)
+    asked: list[tuple[float, int]] = []
+    decode = GraphedDecoder.decode
+
+    def decoded(self: GraphedDecoder, tokens: torch.Tensor, *, request: Request, seed: int) -> Any:
+        asked.append((request.settings.temperature, seed))
+        return decode(self, tokens, request=request, seed=seed)
+
+    monkeypatch.setattr(GraphedDecoder, "decode", decoded)
+    prompts = [ScorePrompt(str(length), "chat", prompt(length, seed=length)) for length in (9, 20)]
+    weighed = weigh_sampled(
+        decoder, tree, prompts, tokens=1, settings=settings, max_new_tokens=16, stop_tokens=NONE, seed=3, name="eagle3"
+    )
+    # The same prompts by the same seeds, each its own.
+    assert {temperature for temperature, _ in asked} == {0.8} and len(asked) == 4
+    assert asked[:2] == asked[2:] and asked[0] != asked[1]
+    monkeypatch.undo()
+    request = Request(settings=settings, max_new_tokens=16)
+    rounds = [
+        Rounds(target, network, block=1, capacity=decoder.rounds.capacity, tree=each, tree_when_sampled=True)
+        for each in (None, tree)
+    ]
+    for one, own in zip(weighed, rounds, strict=True):
+        answers = [
+            GraphedDecoder(own).decode(p.tokens, request=request, seed=seed)
+            for p, (_, seed) in zip(prompts, asked, strict=False)
+        ]
+        assert one.tau == sum(len(a.tokens) for a in answers) / sum(a.passes for a in answers)
+    assert [(one.tree, one.seconds) for one in weighed] == [(Tree.chain(1), 1.0), (tree, tree_seconds)]
+    assert timed == [(False, True), (True, True)]
+    assert fastest_tree(weighed) == (tree if tree_seconds < 1.0 else None)
+    # The rounds that are asked for next are there already.
+    kept = decoder.of_block(1, tree, tree_when_sampled=True)
+    assert "tree" in {name[0] for name in kept.rounds.programs.names}
+
+
+def test_a_decoder_proposes_the_tree_when_sampled_where_it_is_asked_to(
+    target: CausalModel, network: FeatureNetwork
+) -> None:
+    longest, tree = captured(target, network), Tree.of([(0,), (1,)])
+    greedy = longest.of_block(1, tree)
+    assert (greedy.proposed(sampled=False), greedy.proposed(sampled=True)) == (tree, 1)
+    both = longest.of_block(1, tree, tree_when_sampled=True)
+    assert both is not greedy and both is longest.of_block(1, tree, tree_when_sampled=True)
+    assert (both.proposed(sampled=False), both.proposed(sampled=True)) == (tree, tree)
+    # Without a tree there is nothing to propose in place of the chain.
+    assert longest.of_block(network.block, tree_when_sampled=True) is longest
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_tree_is_timed_by_rounds_that_propose_it(
+    target: CausalModel, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    tree, seen = Tree.of([(0,), (1,)], lookup=3), []
+
+    def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
+        timing.round_seconds(rounds, length=length, sampled=sampled)
+        seen.append({name[0] for name in rounds.programs.names})
+        return RoundSeconds(1.0, 0.0, 1.0)
+
+    monkeypatch.setattr(decode_module, "round_seconds", seconds)
+    captured(target, network).timed(tree, sampled=sampled)
+    assert seen == [{"tree"}]
 
 
 def test_rounds_are_timed_whole_and_by_part(target: CausalModel, network: FeatureNetwork) -> None:

@@ -30,9 +30,10 @@ from inference.lookahead.confidence import ConfidenceLookahead
 from inference.lookahead.entropy import EntropyLookahead
 from inference.lookahead.estimator import EstimatorLookahead
 from inference.lookahead.ewma import EwmaLookahead
-from inference.lookahead.fixed import FixedLookahead
+from inference.lookahead.fixed import FixedLookahead, tree_when_sampled
 from inference.lookahead.scheduled import DelayedLookahead, ScheduledLookahead
 from inference.margin import MarginEstimator
+from inference.trees import Tree
 
 # One token more costs a tenth of a pass, drafting it nothing.
 CHEAP = RoundCosts({1: 1.0, 2: 1.1, 11: 2.0})
@@ -457,3 +458,12 @@ def test_a_threshold_must_be_a_probability(module: object, threshold: float) -> 
 def test_settings_out_of_range_are_refused(module: object, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module.Config(**values)  # type: ignore[attr-defined]
+
+
+def test_a_tree_when_sampled_needs_a_tree() -> None:
+    with pytest.raises(ValueError, match="tree_when_sampled needs a tree"):
+        FixedLookahead(2, tree_when_sampled=True)
+    tree = Tree.of([(0,), (1,)])
+    for lookahead in (FixedLookahead(2), FixedLookahead(2, tree=tree), RecordingLookahead(2)):
+        assert not tree_when_sampled(lookahead)
+    assert tree_when_sampled(FixedLookahead(2, tree=tree, tree_when_sampled=True))

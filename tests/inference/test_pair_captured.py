@@ -27,6 +27,7 @@ from inference.lookahead.fixed import FixedLookahead
 from inference.pair import Generated, Pair, load_pair
 from inference.parallel import ParallelModel
 from inference.request import Decoded, Request
+from inference.sampling_settings import SamplingSettings
 from inference.target import target_digest
 from inference.traffic import TrafficLog, read_traffic
 from inference.trees import Tree
@@ -294,6 +295,7 @@ def test_a_request_for_which_the_device_has_no_room_is_the_ordinary_decoders(
 BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
 COPYING = Tree(BUSHY.paths, lookup=5)
 TREE: dict[str, Any] = {**FIXED, "tree": BUSHY.to_json()}
+SAMPLED: dict[str, Any] = {**FIXED, "tree": COPYING.to_json(), "tree_when_sampled": True}
 
 
 def of_paths(*paths: list[int]) -> dict[str, Any]:
@@ -326,6 +328,45 @@ def test_sampled_answers_and_the_ordinary_decoders_go_by_the_chain(load: Callabl
     assert plain.blocks == uncaptured(chain).generate(QUESTION, max_new_tokens=20).decoded.blocks
 
 
+def drawn_by_trees(pair: Pair, *, temperature: float, seed: int) -> Decoded:
+    """A sampled answer by rounds of a tree, each token of which is what the target draws by the noise of the seed."""
+    answer, target, pieces = pair.prompt_tokens(QUESTION), pair.target, list[list[int]]()
+    request = Request(settings=SamplingSettings(temperature=temperature), max_new_tokens=40)
+    decoded = rounds_of(pair).decode(answer, request=request, seed=seed, on_tokens=pieces.append)
+    assert decoded is not None and decoded.blocks == {COPYING.size: len(pieces)}
+    assert max(map(len, pieces)) > 1, "some of what was proposed stood"
+    generator = torch.Generator(target.device).manual_seed(seed)
+    noise = torch.empty(1, 1 + COPYING.depth, target.vocab_size, dtype=torch.float64, device=target.device)
+    for piece in pieces:
+        noise.exponential_(generator=generator)
+        for depth, token in enumerate(piece):
+            row = target.logits(answer, target.new_cache(), num_rows=1)[0].double() / temperature
+            assert token == int((torch.log_softmax(row, -1) - noise[0, depth].log()).argmax())
+            answer = torch.cat([answer, answer.new_tensor([token])])
+    assert answer[-len(decoded.tokens) :].tolist() == decoded.tokens
+    return decoded
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampled_answers_by_a_tree_are_the_targets_draws_by_the_noise_of_the_seed(
+    load: Callable[..., Pair], ordinary: list[Request], kind: str, temperature: float
+) -> None:
+    pair, seed = load(kind, lookahead=SAMPLED), 5
+    decoded = drawn_by_trees(pair, temperature=temperature, seed=seed)
+    # What the pair answers is that, and sampled rounds are timed by what they propose.
+    asked: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 40, "seed": seed}
+    given = pair.generate(QUESTION, **asked).decoded
+    assert given.tokens[: len(decoded.tokens)] == decoded.tokens[: len(given.tokens)] and not ordinary
+    assert set(rounds_of(pair)._timed) == {(COPYING, True)}
+    # Greedy answers are the target's own, and the ordinary decoder's by the chain.
+    alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
+    greedy = pair.generate(QUESTION, max_new_tokens=20).decoded
+    assert greedy.tokens == alone.generate(QUESTION, max_new_tokens=20).decoded.tokens
+    assert set(greedy.blocks) == {COPYING.size}
+    assert max(uncaptured(pair).generate(QUESTION, **asked).decoded.blocks) == BLOCK
+
+
 def test_buffers_have_room_for_a_tree(load: Callable[..., Pair]) -> None:
     wide = Tree.of([(rank,) for rank in range(7)] + [(rank, 0) for rank in range(7)])
     pair = load("eagle3", lookahead={"kind": "fixed", "tokens": 1, "tree": wide.to_json()})
@@ -341,11 +382,14 @@ def test_buffers_have_room_for_a_tree(load: Callable[..., Pair]) -> None:
     assert [tree for tree, _ in rounds._timed] == [wide], "rounds are timed once, as greedy requests take them"
 
 
-def test_a_record_of_traffic_says_that_rounds_were_of_a_tree(load: Callable[..., Pair], tmp_path: Path) -> None:
-    pair, log = load("eagle3", lookahead=TREE), TrafficLog(tmp_path / "traffic")
+@pytest.mark.parametrize(("lookahead", "sizes"), [(TREE, [BUSHY.size, 0]), (SAMPLED, [COPYING.size] * 2)])
+def test_a_record_of_traffic_says_that_rounds_were_of_a_tree(
+    load: Callable[..., Pair], tmp_path: Path, lookahead: dict[str, Any], sizes: list[int]
+) -> None:
+    pair, log = load("eagle3", lookahead=lookahead), TrafficLog(tmp_path / "traffic")
     for temperature in (0.0, 1.0):
         pair.generate(QUESTION, temperature=temperature, max_new_tokens=20, traffic=log)
-    assert [record.tree for record in read_traffic(tmp_path / "traffic").records] == [BUSHY.size, 0]
+    assert [record.tree for record in read_traffic(tmp_path / "traffic").records] == sizes
 
 
 @pytest.mark.parametrize(
@@ -359,6 +403,8 @@ def test_a_record_of_traffic_says_that_rounds_were_of_a_tree(load: Callable[...,
         ("dspark", of_paths([9999]), "the tree is off: .* up to 10000 tokens after one"),
         ("lookup", TREE, "the tree is off: this draft proposes no trees"),
         ("eagle3", {"kind": "confidence", "tokens": 2, "threshold": 0.3, "tree": 1}, "confidence has no tree"),
+        ("eagle3", {**FIXED, "tree_when_sampled": True}, "tree_when_sampled needs a tree"),
+        ("eagle3", {**TREE, "tree_when_sampled": 1}, "tree_when_sampled is 1, which is neither true nor false"),
     ],
 )
 @pytest.mark.parametrize("captured", ["on", "off"])

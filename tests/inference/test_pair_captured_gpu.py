@@ -9,14 +9,26 @@ import torch
 from inference.pair import load_pair
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
-from tests.inference.test_pair_captured import FIXED, KINDS, QUESTION, TREE, made, uncaptured, watched, written
+from tests.inference.test_pair_captured import (
+    FIXED,
+    KINDS,
+    QUESTION,
+    SAMPLED,
+    TREE,
+    drawn_by_trees,
+    made,
+    uncaptured,
+    watched,
+    written,
+)
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # exact is what is asked for here
 @pytest.mark.parametrize(
-    ("kind", "lookahead"), [*((kind, FIXED) for kind in KINDS), ("eagle3", TREE), ("dspark", TREE)]
+    ("kind", "lookahead"),
+    [*((kind, FIXED) for kind in KINDS), *((kind, tree) for kind in ("eagle3", "dspark") for tree in (TREE, SAMPLED))],
 )
 def test_on_a_gpu_rounds_are_captured_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lookahead: dict[str, Any]
@@ -40,3 +52,13 @@ def test_on_a_gpu_rounds_are_captured_by_themselves(
         pair.prompt_tokens("hi"), request=Request(settings=settings, max_new_tokens=9), seed=0
     )
     assert decoded is not None and 0.0 < decoded.seconds["verify"] < decoded.total_seconds
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_on_a_gpu_sampled_answers_by_a_tree_are_the_targets_draws(tmp_path: Path, kind: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pair = load_pair(written(made(tmp_path / "models"), tmp_path, kind, SAMPLED), device="cuda")
+    decoded = drawn_by_trees(pair, temperature=1.0, seed=5)
+    # As when nothing was captured before.
+    assert drawn_by_trees(pair, temperature=1.0, seed=5).tokens == decoded.tokens

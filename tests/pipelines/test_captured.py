@@ -23,7 +23,7 @@ from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.timing import RoundSeconds
 from inference.lookahead import Chances, Measured
-from inference.lookahead.fixed import FixedLookahead, tree_of
+from inference.lookahead.fixed import FixedLookahead, tree_of, tree_when_sampled
 from inference.lookahead.scheduled import Config as Scheduled
 from inference.lookahead.scheduled import ScheduledLookahead
 from inference.pair import load_lookahead, load_pair
@@ -35,6 +35,8 @@ from pipelines import captured as captured_module
 from pipelines import publish, score, select
 from pipelines import verify as verify_module
 from pipelines.captured import captured_markdown, prepared
+from pipelines.drift.monitor import references
+from pipelines.score_files import CHAINS_FILE, RECORDS_FILE, read_records
 from pipelines.score_plan import ScorePlan
 from pipelines.select import Decision, decide
 from pipelines.stage_config import ScoreConfig
@@ -101,13 +103,20 @@ def greedy(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def fake_rounds(
-    monkeypatch: pytest.MonkeyPatch, *, draft: float, rest: float = 0.0, target_only: float = 1.0, tree: float = 1.0
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    draft: float,
+    rest: float = 0.0,
+    target_only: float = 1.0,
+    tree: float = 1.0,
+    sampled_tree: float = 1e3,
 ) -> None:
     """Rounds that take made-up times: a second, and for each token of a chain so much of drafting and of the rest."""
 
     def seconds(rounds: Rounds, *, length: int, sampled: bool) -> RoundSeconds:
-        if rounds.plan is not None and not sampled:
-            return RoundSeconds(tree, 0.0, tree)
+        if rounds.proposes_tree(sampled=sampled):
+            took = sampled_tree if sampled else tree
+            return RoundSeconds(took, 0.0, took)
         if not rounds.block:
             return RoundSeconds(target_only, 0.0, target_only)
         drafting = rounds.block * draft
@@ -230,9 +239,11 @@ def test_a_tree_for_another_draft_is_cut_to_what_there_is() -> None:
     cfg = SimpleNamespace(score=ScoreConfig(temperatures=[0.0], max_prompt_tokens=100))
     arm = Arm("draft", target, FeatureDrafter(network), FixedLookahead(0), captured(target, network))
     tree = Tree.chain(network.deepest + 3, lookup=12)
-    decoder = prepared(SimpleNamespace(cfg=cfg), arm, 1, tree)  # type: ignore[arg-type]
-    assert decoder is not None and decoder.rounds.block == 1
-    assert decoder.tree == Tree.chain(network.deepest, lookup=12)
+    for when_sampled in (False, True):
+        decoder = prepared(SimpleNamespace(cfg=cfg), arm, 1, tree, tree_when_sampled=when_sampled)  # type: ignore[arg-type]
+        assert decoder is not None and decoder.rounds.block == 1
+        assert decoder.tree == Tree.chain(network.deepest, lookup=12)
+        assert decoder.rounds.tree_when_sampled is when_sampled
 
 
 # Trees
@@ -246,18 +257,22 @@ TREES = (
 )
 
 
-def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when_sampled", [False, True])
+def test_a_tree_that_pays_is_chosen_and_requests_go_by_it_where_it_does(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, when_sampled: bool
 ) -> None:
-    fake_rounds(monkeypatch, draft=0.0, tree=1e-3)
-    asked: list[str] = []
-    known = captured_module.continuations
+    fake_rounds(monkeypatch, draft=0.0, tree=1e-3, sampled_tree=1e-3 if when_sampled else 1e3)
+    asked: dict[str, list[str]] = {}
 
-    def noted(decoder: Any, drafter: Any, prompts: Any, **named: Any) -> Any:
-        asked.extend(prompt.id for prompt in prompts)
-        return known(decoder, drafter, prompts, **named)
+    def noting(name: str, weighing: Any) -> Any:
+        def noted(decoder: Any, other: Any, prompts: Any, **named: Any) -> Any:
+            asked.setdefault(name, []).extend(prompt.id for prompt in prompts)
+            return weighing(decoder, other, prompts, **named)
 
-    monkeypatch.setattr(captured_module, "continuations", noted)
+        return noted
+
+    for name in ("continuations", "weigh_sampled"):
+        monkeypatch.setattr(captured_module, name, noting(name, getattr(captured_module, name)))
     programs: list[set[str]] = []
     measure = score._measure
 
@@ -270,7 +285,8 @@ def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
     monkeypatch.setattr(score, "_measure", measured)
     folder, out = scored(place, ON, *TREES, "score.temperatures=[0.0,1.0]")
     plan, data = read(folder / "score_plan.json"), read(folder / "scorecard.json")
-    assert asked and not set(asked) & set(plan["prompts"]), "never on held-out prompts"
+    assert asked["continuations"] and asked["continuations"] == asked["weigh_sampled"]
+    assert not set(asked["continuations"]) & set(plan["prompts"]), "never on held-out prompts"
     assert ["tree" in names for names in programs] == [False, True, True], "of the baseline none"
     page = (folder / "scorecard.md").read_text()
     for name in ("dspark", "eagle3"):
@@ -278,25 +294,46 @@ def test_a_tree_that_pays_is_chosen_and_greedy_requests_go_by_it(
         assert 1 <= len(tree.paths) <= 70 and tree.drafted_depth <= 2 and tree.lookup == 3
         rounds, tokens = data["captured_rounds"][name], data["blocks"][name]["tokens"]
         assert (rounds["tree"], rounds["tokens"]) == (tree.to_json(), tokens)
+        assert rounds["tree_when_sampled"] is plan["blocks"][name]["tree_when_sampled"] is when_sampled
         # A request may fill the target's context of 320, and a round of 73 tokens lie beyond: whole steps of 64.
         assert rounds["positions"] == 448
         blocks = {
             t: {b for r in records(folder) if (r["arm"], r["temperature"]) == (name, t) for b in r["blocks"]}
             for t in (0.0, 1.0)
         }
-        assert blocks == {0.0: {str(tree.size)}, 1.0: {str(tokens)}}
+        assert blocks == {0.0: {str(tree.size)}, 1.0: {str(tree.size if when_sampled else tokens)}}
         assert (
             sum(f"{name}: greedy rounds propose the tree; the best tree has" in line for line in out.splitlines()) == 1
         )
+        proposing = "the tree" if when_sampled else "the chain"
+        line = f"{name}: sampled rounds propose {proposing}; at temperature 1 the tree of {tree.size} has tau "
+        assert sum(line in row for row in out.splitlines()) == 1
         assert (
-            f"| {name} | tree of {tree.size} | {tree.drafted_depth} | 3 |" in page
+            f"| {name} | greedy | tree of {tree.size} | {tree.drafted_depth} | 3 |" in page
             and f"{tokens} or a tree of {tree.size}" in page
         )
-        weighed = plan["blocks"][name]["weighed"]
-        assert weighed[0]["tree"] == Tree.chain(tokens).to_json() and weighed[0]["seconds"] == 1.0
+        weighed, sampled = plan["blocks"][name]["weighed"], plan["blocks"][name]["weighed_sampled"]
+        for chain in (weighed[0], sampled[0]):
+            assert chain["tree"] == Tree.chain(tokens).to_json() and chain["seconds"] == 1.0
+        assert (
+            sampled[1]["tree"] == tree.to_json() and len(sampled) == 2 and min(each["tau"] for each in sampled) >= 1.0
+        )
+        for each, kind, chosen in zip(sampled, ("chain", "tree"), (not when_sampled, when_sampled), strict=True):
+            (row,) = (line for line in page.splitlines() if f"| {name} | sampled | {kind} of " in line)
+            assert f"| {each['tau']:.2f} | {1e3 * each['seconds']:.2f} |" in row
+            assert row.endswith("| yes |" if chosen else "| no |")
         # What adaptive policies start from is about chains.
         assert set(plan["captured"][name]["passes"]) == {str(1 + n) for n in range(BLOCK + 1)}
     assert data["captured_rounds"]["none"]["tree"] is None
+    assert data["captured_rounds"]["none"]["tree_when_sampled"] is False
+    # What a server will do with these drafts was decoded too, once, and no figure is taken from it.
+    chains = read_records(folder / CHAINS_FILE)
+    by_trees = (0.0, 1.0) if when_sampled else (0.0,)
+    wanted = {(name, prompt, t) for name in ("dspark", "eagle3") for prompt in plan["prompts"] for t in by_trees}
+    assert sorted((own.arm, own.prompt_id, own.temperature) for own in chains) == sorted(wanted)
+    assert {(own.arm, *own.blocks) for own in chains} == {
+        (name, str(data["blocks"][name]["tokens"])) for name in ("dspark", "eagle3")
+    }
     assert all(row["mismatch"] is None for row in records(folder))
     answers = greedy(folder)
     for prompt, arm in answers:
@@ -309,11 +346,25 @@ def test_a_tree_that_does_not_pay_is_not_taken(place: Workplace, monkeypatch: py
     for name in ("dspark", "eagle3"):
         choice = read(folder / "score_plan.json")["blocks"][name]
         assert choice["tree"] is None and choice["weighed"]
+        assert choice["tree_when_sampled"] is False and not choice["weighed_sampled"]
         assert read(folder / "scorecard.json")["captured_rounds"][name]["tree"] is None
         assert {b for r in records(folder) if r["arm"] == name for b in r["blocks"]} == {str(choice["tokens"])}
         assert (
             sum(f"{name}: greedy rounds propose the chain; the best tree has" in line for line in out.splitlines()) == 1
         )
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "tree"), [([0.0], Tree.of([(0,), (1,)])), ([0.0, 1.0], Tree.chain(2)), ([1.0], Tree.of([(1,)]))]
+)
+def test_greedy_scores_and_trees_of_one_token_at_every_depth_leave_sampled_rounds_the_chain(
+    temperatures: list[float], tree: Tree
+) -> None:
+    target = lean("llama", max_position_embeddings=256)
+    decoder = captured(target, network_for(CONFIGS["eagle3"], target))
+    context: Any = SimpleNamespace(cfg=SimpleNamespace(score=ScoreConfig(temperatures=temperatures)))
+    choice = BlockChoice(1, [0.5], 0.0, [1.0], tree=tree)
+    assert captured_module._with_sampled(context, "draft", decoder, choice, tree, [], frozenset()) is choice
 
 
 def test_without_greedy_requests_no_tree_is_weighed(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,10 +378,21 @@ def test_without_greedy_requests_no_tree_is_weighed(place: Workplace, monkeypatc
 
 def test_a_plan_is_read_back_and_older_ones_too() -> None:
     trees = [WeighedTree(Tree.chain(2), 1.5, 0.1), WeighedTree(Tree.of([(0,), (1,)], lookup=4), 1.25, 0.05)]
-    choice = BlockChoice(2, [0.5], 0.0, [1.0], siblings=[1], tree=trees[1].tree, weighed=trees)
+    greedy = BlockChoice(2, [0.5], 0.0, [1.0], siblings=[1], tree=trees[1].tree, weighed=trees)
+    choice = dataclasses.replace(greedy, tree_when_sampled=True, weighed_sampled=trees[::-1])
     assert BlockChoice.from_json(json.loads(json.dumps(choice.to_json())), where="plan") == choice
-    older = {key: value for key, value in choice.to_json().items() if key not in ("tree", "weighed")}
-    assert BlockChoice.from_json(older, where="plan") == dataclasses.replace(choice, tree=None, weighed=[])
+    older = choice.to_json()
+    del older["tree_when_sampled"], older["weighed_sampled"]
+    assert BlockChoice.from_json(older, where="plan") == greedy
+    del older["tree"], older["weighed"]
+    assert BlockChoice.from_json(older, where="plan") == dataclasses.replace(greedy, tree=None, weighed=[])
+    with pytest.raises(ValueError, match="tree_when_sampled needs a tree"):
+        dataclasses.replace(choice, tree=None)
+    other = BlockChoice(4, [0.25], 0.5, [2.0])
+    assert other.shaped_as(choice).shaped_as(other) == other
+    shaped = other.shaped_as(choice)
+    assert (shaped.tokens, shaped.siblings, shaped.tree, shaped.tree_when_sampled) == (2, [1], choice.tree, True)
+    assert (shaped.conditional, shaped.weighed) == ([0.25], [])
     assert trees[1].rate == 25.0 and fastest_tree(trees) == trees[1].tree
     assert fastest_tree(trees[:1]) is None and fastest_tree([trees[1], trees[0]]) is None
 
@@ -387,20 +449,24 @@ def test_a_pair_names_the_policy_it_was_measured_with_and_keeps_what_others_need
     assert [went for check, went in faithful(pair, other) if check.temperature] == [False]
 
 
+@pytest.mark.parametrize("when_sampled", [False, True])
 def test_a_pair_has_the_tree_it_was_measured_with_and_decodes_by_it(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, when_sampled: bool
 ) -> None:
     won_by(monkeypatch, "eagle3")
-    fake_rounds(monkeypatch, draft=0.0, tree=1e-3)
+    fake_rounds(monkeypatch, draft=0.0, tree=1e-3, sampled_tree=1e-3 if when_sampled else 1e3)
     folder, _ = published(place, ON, *TREES, "score.temperatures=[0.0,1.0]")
     decoding = read(folder / "pair.json")["decoding"]
     rounds = read(folder / "scorecard.json")["captured_rounds"]["eagle3"]
     assert decoding["lookahead"]["tree"] == rounds["tree"] and decoding["lookahead"]["trees"] == [2, 70]
+    assert decoding["lookahead"].get("tree_when_sampled", False) is rounds["tree_when_sampled"] is when_sampled
     pair = load_pair(folder, cache=place.cache, captured="on")
     tree = Tree.from_json(rounds["tree"], where="scorecard")
     assert tree_of(pair.lookahead) == tree and pair.lookahead.longest == rounds["tokens"]
-    words = f"fixed lookahead of {rounds['tokens']}, trees of {tree.size} when greedy and captured"
-    assert words in (folder / "MODEL_CARD.md").read_text()
+    assert tree_when_sampled(pair.lookahead) is when_sampled
+    words = f"fixed lookahead of {rounds['tokens']}, trees of {tree.size} when "
+    words += "captured" if when_sampled else "greedy and captured"
+    assert f"{words}.\n" in (folder / "MODEL_CARD.md").read_text()
     # The scored requests repeat by rounds of the tree and of as many positions.
     made: list[GraphedDecoder] = []
 
@@ -412,11 +478,19 @@ def test_a_pair_has_the_tree_it_was_measured_with_and_decodes_by_it(
     checks = read_checks(folder)
     assert all(went for _, went in faithful(pair, checks)) and {c.temperature for c in checks} == {0.0, 1.0}
     assert [(own.tree, own.rounds.capacity) for own in made] == [(tree, rounds["positions"])]
-    assert {"tree", "round"} <= {name[0] for name in made[0].rounds.programs.names}
+    assert {"tree"} | ({"round"} if not when_sampled else set()) == {
+        name[0] for name in made[0].rounds.programs.names if name[0] != "prompt"
+    }
+    # Requests by trees and by chains both have something to be held against.
+    known = references([r for file in (RECORDS_FILE, CHAINS_FILE) for r in read_records(folder / file)], "eagle3")
+    kinds = {"greedy", f"greedy by trees of {tree.size}", "sampled"}
+    kinds |= {f"sampled by trees of {tree.size}"} if when_sampled else set()
+    assert {name.partition(", ")[2] for name in known} == kinds
     # And so do any others, token for token the target's own.
     alone = dataclasses.replace(pair, lookahead=FixedLookahead(0), captured="off")
     given = pair.generate("why is the sky blue", max_new_tokens=30).decoded
-    assert set(given.blocks) == {tree.size}
+    sampled = pair.generate("why is the sky blue", temperature=1.0, max_new_tokens=30).decoded
+    assert set(given.blocks) == {tree.size} and set(sampled.blocks) == {tree.size if when_sampled else rounds["tokens"]}
     assert given.tokens == alone.generate("why is the sky blue", max_new_tokens=30).decoded.tokens
 
 
@@ -435,16 +509,23 @@ def test_a_block_that_was_cut_to_what_the_draft_has_is_published_as_it_was_measu
     configured = Scheduled(longest_auto=9, tree_depths=[3], tree_lookup=2)
     context: Any = SimpleNamespace(cfg=SimpleNamespace(lookahead=configured))
     tree = Tree.of([(0,), (1,)], lookup=2)
+    by_tree = {"tokens": 4, "tree": tree.to_json()}
     scorecard = {
         "blocks": {"draft": {"tokens": 10, "siblings": [1]}, "lookup": {"tokens": 10, "siblings": [1]}},
-        "captured_rounds": {"draft": {"tokens": 4, "positions": 128}, "tree": {"tokens": 4, "tree": tree.to_json()}},
+        "captured_rounds": {
+            "draft": {"tokens": 4, "positions": 128},
+            "tree": by_tree,
+            "sampled": {**by_tree, "tree_when_sampled": True},
+        },
     }
     named = publish._lookahead(context, scorecard, "draft")
     assert (named["kind"], named["tokens"], named["siblings"], named["longest_auto"]) == ("fixed", 4, [], 9)
     assert (named["tree_depths"], named["tree_lookup"]) == ([3], 2)
     assert isinstance(load_lookahead(named), FixedLookahead) and "tree" not in named
     with_tree = load_lookahead(publish._lookahead(context, scorecard, "tree"))
-    assert with_tree.longest == 4 and tree_of(with_tree) == tree
+    assert with_tree.longest == 4 and tree_of(with_tree) == tree and not tree_when_sampled(with_tree)
+    sampled = load_lookahead(publish._lookahead(context, scorecard, "sampled"))
+    assert tree_of(sampled) == tree and tree_when_sampled(sampled)
     as_configured = publish._lookahead(context, scorecard, "lookup")
     assert (as_configured["kind"], as_configured["tokens"], as_configured["siblings"]) == ("scheduled", 10, [1])
 

@@ -84,6 +84,24 @@ def test_what_was_published_of_trees_is_their_own() -> None:
     assert found["chat, greedy by trees of 64"] == pytest.approx(17 / 24)
 
 
+def test_sampled_rounds_of_a_tree_are_judged_by_a_score_that_had_them() -> None:
+    by_tree = {"proposed": [10, 8, 6], "accepted": [8, 6, 3], "blocks": {"64": 10}}
+    scored = made({"a": Made(2.0, 10.0)})
+    with_trees = references([replace(record, **by_tree) for record in scored], "a")  # type: ignore[arg-type]
+    chat = {name for name in with_trees if name.startswith("chat")}
+    assert chat == {"chat, greedy by trees of 64", "chat, sampled by trees of 64"}
+    low = [replace(served(number, "chat", 0.5), temperature=1.0) for number in range(600)]
+    trees, chains, others = (State("p/v1", "t") for _ in range(3))
+    observe(trees, [replace(record, tree=64) for record in low], with_trees, CFG)
+    (alarm,) = alarms(trees)
+    assert alarm.where == "chat, sampled by trees of 64"
+    # As a server decodes them, or a pair of a score whose sampled rounds were chains.
+    observe(chains, low, with_trees, CFG)
+    assert alarms(chains) == [] and chains.unscored == {"chat, sampled": 600}
+    observe(others, [replace(record, tree=64) for record in low], references(scored, "a"), CFG)
+    assert alarms(others) == [] and others.unscored == {"chat, sampled by trees of 64": 600}
+
+
 def test_a_fall_in_one_domain_is_noticed_there() -> None:
     state = State("p/v1", "t")
     observe(state, traffic(300, code_share=0.5), PUBLISHED, CFG)

@@ -83,12 +83,17 @@ def test_everything_about_one_version_is_shown(root: Path, capsys: pytest.Captur
     assert [(e["from"], e["to"]) for e in found["log"]] == [(None, "v1"), ("v1", "v2")]
 
 
-def test_a_tree_is_shown_in_few_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lookahead = {"kind": "fixed", "tokens": 4, "tree": {"paths": [[0], [1], [0, 0]], "lookup": 2}}
+@pytest.mark.parametrize(
+    ("when_sampled", "when"), [({}, "greedy and captured"), ({"tree_when_sampled": True}, "captured")]
+)
+def test_a_tree_is_shown_in_few_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], when_sampled: dict[str, bool], when: str
+) -> None:
+    lookahead = {"kind": "fixed", "tokens": 4, "tree": {"paths": [[0], [1], [0, 0]], "lookup": 2}, **when_sampled}
     fake.publish(tmp_path, decoding={"precision": "bf16", "lookahead": lookahead})
     assert pairs(tmp_path, "show", "pair") == 0
     out = capsys.readouterr().out
-    assert "bf16, fixed lookahead of 4, trees of 5 when greedy and captured" in out and "[0, 0]" not in out
+    assert f"bf16, fixed lookahead of 4, trees of 5 when {when}\n" in out and "[0, 0]" not in out
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ from tests.inference.test_pair_captured import FIXED, QUESTION, made, written
 TREE = Tree.of([(0,), (1,), (0, 0), (1, 0)], lookup=4)
 
 
-def test_a_pair_with_a_tree_is_replayed_by_rounds_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = written(made(tmp_path), tmp_path, "eagle3", {**FIXED, "tree": TREE.to_json()})
+@pytest.mark.parametrize("when_sampled", [{}, {"tree_when_sampled": True}])
+def test_a_pair_with_a_tree_is_replayed_by_rounds_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_sampled: dict[str, bool]
+) -> None:
+    folder = written(made(tmp_path), tmp_path, "eagle3", {**FIXED, "tree": TREE.to_json(), **when_sampled})
     pair = load_pair(folder, device="cpu", captured="on")
 
     def ordinary(*_: Any, **__: Any) -> None:
