@@ -42,6 +42,9 @@ from inference.trees import Tree
 
 logger = logging.getLogger(__name__)
 
+# Settings of scores that pairs of earlier versions name, and that decide nothing about how a pair decodes.
+_RETIRED = ("tree_depth",)
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -317,7 +320,8 @@ def load_lookahead(settings: dict[str, Any], *, measured: Callable[[], Measured 
         if settings["tokens"] == 0:
             return FixedLookahead(0)
         module = plugin("inference.lookahead", settings["kind"])
-        own = {key: value for key, value in settings.items() if key not in (TREE_KEY, TREE_WHEN_SAMPLED_KEY)}
+        others = {TREE_KEY, TREE_WHEN_SAMPLED_KEY, *_RETIRED}
+        own = {key: value for key, value in settings.items() if key not in others}
         config = module.Config(**own)
         known = measured() if config.weighs_costs else None
         lookahead: Lookahead = config.build(config.tokens, config.siblings, known)

@@ -308,3 +308,10 @@ def test_a_block_of_nothing_proposes_nothing_whatever_the_policy() -> None:
     for kind in ("fixed", "confidence"):
         policy = load_lookahead({"kind": kind, "tokens": 0})
         assert isinstance(policy, FixedLookahead) and policy.max_tokens == 0
+
+
+def test_a_pair_of_an_earlier_version_may_name_settings_that_are_no_more() -> None:
+    lookahead = load_lookahead({"kind": "fixed", "tokens": 3, "siblings": [], "trees": [16], "tree_depth": 8})
+    assert isinstance(lookahead, FixedLookahead) and lookahead.longest == 3
+    with pytest.raises(InputError, match="lookahead settings are off"):
+        load_lookahead({"kind": "fixed", "tokens": 3, "siblings": [], "tree_width": 8})
