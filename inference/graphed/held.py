@@ -76,12 +76,12 @@ class Held:
 @torch.library.custom_op("dspark::write_held", mutates_args=("states",))
 def _write(states: Tensor, layer: int, keys: Tensor, values: Tensor, places: Tensor) -> None:
     for part, new in enumerate((keys, values)):
-        states[part, layer].flatten(0, 1).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+        states[part, layer].view(-1, *states.shape[4:]).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
 
 
 @torch.library.custom_op("dspark::keep_held", mutates_args=("states",))
 def _keep(states: Tensor, places: Tensor, sources: Tensor) -> None:
-    held = states.flatten(2, 3)
+    held = states.view(*states.shape[:2], -1, *states.shape[4:])
     held.index_copy_(2, places, held.index_select(2, sources))
 
 
