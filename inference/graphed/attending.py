@@ -49,7 +49,8 @@ def attend_held(
 ) -> Tensor:
     """Each new token attends to the context of its request, and to tokens that lie behind it.
 
-    An operator of its own, so that torch.compile leaves the kernel as it is.
+    An operator of its own, so that torch.compile leaves the kernel as it is. Keys are gone through in steps with a
+    running softmax (Dao et al. 2022, FlashAttention, algorithm 1).
 
     Args:
         queries: `[R, W, H, d]`, the numbers of a head one after another.

@@ -50,7 +50,6 @@ class StaticContext:
             dtype=dtype,
             device=device,
         )
-        self._num_layers = num_layers
         self._last = torch.zeros(batch, 1, shape.hidden, dtype=dtype, device=device)
         self.held = torch.zeros(batch, dtype=torch.long, device=device)
         self._columns = torch.arange(capacity, device=device)
@@ -133,7 +132,7 @@ class StaticContext:
 
     def keys_values(self) -> KeysValues:
         """See `DraftContext.keys_values`."""
-        return [self._read(layer) for layer in range(self._num_layers)]
+        return [self._read(layer) for layer in range(self._states.states.shape[1])]
 
     def mask(self) -> Tensor:
         """See `DraftContext.mask`."""

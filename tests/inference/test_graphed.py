@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -113,13 +113,24 @@ def test_preparing_leaves_no_trace(target: CausalModel) -> None:
     assert decoder.decode(prompt(20), request=request, seed=0).tokens == wanted
 
 
-def first_tokens(rounds: Rounds, places: int, temperature: float, draws: int) -> Counter[tuple[int, ...]]:
+def uniform(rounds: Rounds, generator: torch.Generator) -> None:
+    """What a sampled round of a chain draws by."""
+    rounds.uniforms.copy_(torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator))
+
+
+def first_tokens(
+    rounds: Rounds,
+    places: int,
+    temperature: float,
+    draws: int,
+    *,
+    redraw: Callable[[Rounds, torch.Generator], None] = uniform,
+) -> Counter[tuple[int, ...]]:
     """How often each answer of two tokens comes out, over many places of one batch."""
     rounds.temperatures.fill_(temperature)
     counts: Counter[tuple[int, ...]] = Counter()
     generator = torch.Generator().manual_seed(9)
-    for row in range(places):
-        rounds.begin(row, prompt(4, seed=8))
+    rounds.begin_all(range(places), [prompt(4, seed=8).tolist()] * places)
     assert rounds.context is not None
     state = [(t, t.clone()) for t in (rounds.anchors, rounds.lengths, rounds.context.held, rounds.context.last)]
     for _ in range(draws):
@@ -127,7 +138,7 @@ def first_tokens(rounds: Rounds, places: int, temperature: float, draws: int) ->
             tensor.copy_(before)
         answers: list[list[int]] = [[] for _ in range(places)]
         while min(len(answer) for answer in answers) < 2:
-            rounds.uniforms.copy_(torch.rand(rounds.uniforms.shape, dtype=torch.float64, generator=generator))
+            redraw(rounds, generator)
             rounds.round(shown=64, sampled=True)
             for row, numbers in enumerate(rounds.emitted.tolist()):
                 answers[row] += numbers[: numbers[-1]]

@@ -4,7 +4,6 @@ that is chosen is worth what the choice says."""
 import itertools
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ from inference.scoring import ScorePrompt
 from inference.trees import Continuations, Level, Tree, TreePlan
 from tests.inference.families import VOCAB, lean_model
 from tests.inference.test_feature_drafts import CONFIGS, REDUCED, network_for
-from tests.inference.test_graphed import misfit, plainly, prompt, target_law
+from tests.inference.test_graphed import first_tokens, misfit, plainly, prompt, target_law
 
 KINDS = ("dflash", "dspark", "dspark-gated", "dspark-rnn", "eagle3")
 BUSHY = Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3), (1, 0, 0)])
@@ -490,26 +489,17 @@ def test_much_of_a_sampled_tree_stands(target: CausalModel) -> None:
     assert sum(counts) > 1.5 * len(counts)
 
 
-def first_answers(rounds: Rounds, places: int, temperature: float, draws: int, *, mutant: bool) -> Counter[Any]:
-    """How often each answer of two tokens comes out, over many places of one batch."""
-    assert rounds.context is not None and rounds.noise is not None
-    rounds.temperatures.fill_(temperature)
-    generator, counts = torch.Generator().manual_seed(9), Counter[Any]()
-    rounds.begin_all(range(places), [prompt(4, seed=8).tolist()] * places)
-    state = [(t, t.clone()) for t in (rounds.anchors, rounds.lengths, rounds.context.held, rounds.context.last)]
-    for _ in range(draws):
-        for tensor, before in state:
-            tensor.copy_(before)
-        answers: list[list[int]] = [[] for _ in range(places)]
-        while min(len(answer) for answer in answers) < 2:
-            rounds.noise.exponential_(generator=generator)
-            if mutant:
-                rounds.noise.copy_(rounds.noise[:, :1].expand_as(rounds.noise).clone())
-            rounds.round(shown=64, sampled=True)
-            for row, numbers in enumerate(rounds.emitted.tolist()):
-                answers[row] += numbers[: numbers[-1]]
-        counts.update(tuple(answer[:2]) for answer in answers)
-    return counts
+def shared_noise(rounds: Rounds, generator: torch.Generator) -> None:
+    """What a sampled round of a tree draws by."""
+    assert rounds.noise is not None
+    rounds.noise.exponential_(generator=generator)
+
+
+def noise_of_one_position(rounds: Rounds, generator: torch.Generator) -> None:
+    """A mutant: all positions draw by the same numbers, so that their tokens hang together."""
+    shared_noise(rounds, generator)
+    assert rounds.noise is not None
+    rounds.noise.copy_(rounds.noise[:, :1].expand_as(rounds.noise).clone())
 
 
 @pytest.mark.parametrize(("kind", "lookup"), [("dspark", 0), ("eagle3", 0), ("eagle3", 2)])
@@ -519,9 +509,8 @@ def test_sampled_trees_follow_the_targets_law(target: CausalModel, kind: str, lo
     tree = Tree(BROAD.paths, lookup)
     rounds = Rounds(target, network, block=0, batch=places, capacity=128, tree=tree, tree_when_sampled=True)
     law = target_law(target, temperature)
-    assert misfit(first_answers(rounds, places, temperature, draws, mutant=False), law) < 4.0
-    # Noise that two positions share makes their tokens hang together.
-    assert misfit(first_answers(rounds, places, temperature, draws, mutant=True), law) > 8.0
+    assert misfit(first_tokens(rounds, places, temperature, draws, redraw=shared_noise), law) < 4.0
+    assert misfit(first_tokens(rounds, places, temperature, draws, redraw=noise_of_one_position), law) > 8.0
 
 
 def test_one_seed_gives_one_sampled_answer(target: CausalModel, knowing: Any) -> None:

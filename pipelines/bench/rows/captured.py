@@ -5,6 +5,7 @@ every tree, greedy and sampled; trees are chosen on training questions by greedy
 mean over domains of the arm that is fastest by these questions, or of the last arm where there is no tree.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from inference.graphed.decode import GraphedDecoder
 from inference.graphed.rounds import Rounds
 from inference.graphed.timing import round_seconds, steady_round
 from inference.lookahead.fixed import FixedLookahead
+from inference.model import CausalModel
 from inference.records import Record
 from inference.scoring import Arm, ScorePrompt
 from inference.statistics import BASELINE, Estimate, find_card, mean_speedup, scorecards
@@ -91,21 +93,7 @@ class Config:
         most = max([network.block, *(size + self.tree_lookup for size in self.trees)])
         capacity = self.capacity or capacity_for(target, longest, block=most)
 
-        def arm_of(name: str, block: int, tree: Tree | None = None) -> Arm:
-            """Captured; the draft's own drafter gives its name and bytes."""
-            own = network if block or tree else None
-            rounds = Rounds(
-                target,
-                own,
-                block=block,
-                capacity=capacity,
-                compiled=self.compiled,
-                tree=tree,
-                tree_when_sampled=True,
-            )
-            drafter = NoDrafter() if own is None else FeatureDrafter(own)
-            return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
-
+        arm_of = functools.partial(self._arm, target, network, capacity)
         arms = [arm_of(BASELINE, 0), *(arm_of(f"draft-{length}", length) for length in lengths)]
         notes = [f"in {target.precision}, {'compiled and ' if self.compiled else ''}captured"]
         taus = {}
@@ -116,17 +104,7 @@ class Config:
                 f"{arms[-1].name}: {tree.drafted_depth} levels and {tree.lookup} tokens copied, tau {expected:.2f} on "
                 "training questions"
             )
-        for temperature in self.temperatures:
-            for arm in arms:
-                assert arm.captured is not None, "all arms are captured"
-                arm.captured.prepare(longest_prompt=longest_prompt, sampled=[temperature > 0.0])
-        for prompt in prompts[:2]:
-            bench.scored(arms, prompt, self.temperatures)
-        records = [
-            record
-            for prompt in tracked(prompts, self.kind, unit="prompts")
-            for record in bench.scored(arms, prompt, self.temperatures)
-        ]
+        records = self._records(bench, arms, prompts, longest_prompt)
         rounds = {arm.name: self._round_seconds(arm) for arm in arms}
         fastest = max(taus, key=lambda name: taus[name] / rounds[name][0]["whole"], default=arms[-1].name)
         figures = self._speedups(records, arms, fastest, seed=bench.options.seed)
@@ -137,6 +115,37 @@ class Config:
         peak = torch.cuda.max_memory_allocated() / 2**20
         figures.append(Figure("peak memory of the device", Estimate(peak, None, None), unit="MiB"))
         return Outcome(figures, records, notes)
+
+    def _arm(
+        self,
+        target: CausalModel,
+        network: FeatureNetwork,
+        capacity: int,
+        name: str,
+        block: int,
+        tree: Tree | None = None,
+    ) -> Arm:
+        """Captured; the draft's own drafter gives its name and bytes."""
+        own = network if block or tree else None
+        rounds = Rounds(
+            target, own, block=block, capacity=capacity, compiled=self.compiled, tree=tree, tree_when_sampled=True
+        )
+        drafter = NoDrafter() if own is None else FeatureDrafter(own)
+        return Arm(name, target, drafter, FixedLookahead(block), GraphedDecoder(rounds))
+
+    def _records(self, bench: Bench, arms: list[Arm], prompts: list[ScorePrompt], longest_prompt: int) -> list[Record]:
+        """Of every arm on every prompt, after all is captured that they may come to."""
+        for temperature in self.temperatures:
+            for arm in arms:
+                assert arm.captured is not None, "all arms are captured"
+                arm.captured.prepare(longest_prompt=longest_prompt, sampled=[temperature > 0.0])
+        for prompt in prompts[:2]:
+            bench.scored(arms, prompt, self.temperatures)
+        return [
+            record
+            for prompt in tracked(prompts, self.kind, unit="prompts")
+            for record in bench.scored(arms, prompt, self.temperatures)
+        ]
 
     def _questions(self, bench: Bench) -> list[ScorePrompt]:
         """What trees are chosen on; none where no tree is wanted."""
