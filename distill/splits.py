@@ -78,6 +78,7 @@ def prepare_prompts(
     training: list[Prompt] = []
     heldout: list[Prompt] = []
     checked: list[Prompt] = []
+    context = replace(context, sources=sources)
     for name, source in sources.items():
         prompts = _named(source.read(context), name=name)
         chosen = choose(prompts, limit=source.limit, seed=context.seed)

@@ -33,6 +33,7 @@ from inference.target import config_shape, stop_tokens
 from pipelines import lineage
 from pipelines.artifacts import Artifact, Spec, Work
 from pipelines.company import Company
+from pipelines.config import RunConfig
 from pipelines.context import RunContext
 from pipelines.corpus_shards import Shards, is_compressed, sharing_group, write_missing
 from pipelines.files import content_digest, plain, write_json, write_text
@@ -218,7 +219,8 @@ def _affordable_taps(
 
 def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokenizerBase) -> list[SplitPrompt]:
     """The plan's number of prompts, the same count per domain as far as there are prompts, validation on top. Where a
-    domain has too few to train on, it is gone through again, for as many answers as `corpus.answers` allows.
+    domain has too few to train on, it is gone through again, for as many answers as the corpus or a prompt's source
+    allows.
 
     Raises:
         InputError: no prompt to train on or none to validate on is short enough.
@@ -228,7 +230,7 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokeni
     validation = max(len(prompts.by_domain("validation")), round(wanted * VALIDATION_SHARE))
     chosen: list[SplitPrompt] = []
     for split, count in (("train", wanted - validation), ("validation", validation)):
-        answers = context.cfg.corpus.answers if split == "train" else 1
+        answers = _answers_each(context.cfg, split)
         queues = [
             _again(sorted(group, key=lambda p: rank(p.id, seed=context.cfg.seed)), answers)
             for group in prompts.by_domain(split).values()
@@ -255,9 +257,21 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokeni
     return chosen
 
 
-def _again(prompts: list[Prompt], answers: int) -> deque[Prompt]:
-    """Prompts, and all of them again for every further answer, each time under ids of their own."""
-    further = [replace(p, id=f"{p.id}#{number}") for number in range(2, answers + 1) for p in prompts]
+def _answers_each(cfg: RunConfig, split: str) -> dict[str, int]:
+    """Most answers to one prompt, by its source."""
+    if split != "train":
+        return dict.fromkeys(cfg.prompts, 1)
+    return {name: source.answers or cfg.corpus.answers for name, source in cfg.prompts.items()}
+
+
+def _again(prompts: list[Prompt], answers: dict[str, int]) -> deque[Prompt]:
+    """Prompts, and all that may have one again for every further answer, each time under ids of their own."""
+    further = [
+        replace(p, id=f"{p.id}#{number}")
+        for number in range(2, max(answers.values()) + 1)
+        for p in prompts
+        if number <= answers[p.source]
+    ]
     return deque([*prompts, *further])
 
 

@@ -48,6 +48,8 @@ from train.trackers.none import NoTracker
 logger = logging.getLogger(__name__)
 
 SCRATCH = ("checkpoints", FEATURES, STATED)
+# Left of the device beside a resident corpus; steps of the embedded target's drafts take under 8 GiB.
+_ROOM_FOR_STEPS = 16 * 2**30
 """What training leaves in its folder that the finished draft does without."""
 
 
@@ -326,12 +328,12 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
 
 
 def _keep_resident(task: FeatureDistillation, name: str) -> None:
-    """Put the corpus onto the device as a whole, if there is room for it and as much again."""
+    """Put the corpus onto the device as a whole, if that leaves room for steps."""
     wanted, device = task.resident_bytes(), task.target.device
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if room is not None and 2 * wanted > room:
-        said = f"the corpus needs {wanted / 2**30:.1f} GiB of the device twice, {room / 2**30:.1f} are free"
-        logger.info("%s: %s, so steps run kernel by kernel", name, said)
+    if room is not None and wanted + _ROOM_FOR_STEPS > room:
+        said = f"the corpus needs {wanted / 2**30:.1f} GiB of the device and steps {_ROOM_FOR_STEPS / 2**30:.0f}"
+        logger.info("%s: %s, of which %.1f are free, so steps run kernel by kernel", name, said, room / 2**30)
         return
     logger.info("%s: %.1f GiB of the corpus onto the device", name, wanted / 2**30)
     task.keep_resident()

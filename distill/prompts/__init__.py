@@ -8,8 +8,8 @@ implements `read`, one YAML file in `conf/prompts/`, and one test.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class SourceContext:
     """Decides subsampling and, for written prompts, sampling."""
     sample: Callable[[list[list[int]], int, float, int], list[list[int]]] | None = None
     """The target writing: (prompt_ids, max_new_tokens, temperature, seed) -> new token ids per prompt, stop token
-    stripped. Only `magpie` needs it; None when no target is loaded."""
+    stripped. Only `magpie` and `similar` need it; None when no target is loaded."""
+    sources: Mapping[str, "SourceConfig"] = field(default_factory=dict)
+    """All sources of the run by name, for one that begins with what another reads."""
 
 
 @dataclass
@@ -65,8 +67,12 @@ class SourceConfig:
     """True: scored, never trained on; training prompts that overlap with it are dropped."""
     limit: int = -1
     """How many prompts to keep, chosen by the seed (-1 = all). A smaller limit is a subset of a larger one."""
+    answers: int = 0
+    """Most answers to one of its training prompts (0 = `corpus.answers`)."""
 
     def __post_init__(self) -> None:
+        if self.answers < 0:
+            raise ValueError(f"{self.kind}: answers is {self.answers}: use 0 for that of the corpus, or 1 and more")
         if self.limit != -1 and self.limit < 1:
             raise ValueError(f"{self.kind}: limit is {self.limit}: use a positive number, or -1 for all")
 

@@ -7,6 +7,7 @@ the corpus stage has the target answer it like any other prompt. Method: Magpie,
 import logging
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distill.chat import template_markers, user_prefix
@@ -16,6 +17,7 @@ from inference.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Beginnings = Callable[[int], tuple[list[int], list[int]]]
 MIN_DISTINCT_SHARE = 0.5  # of four-word runs; prose stays above 0.9, a loop falls fast
 MAX_SAME_CHARACTERS = 12  # in a row; rules and indents of pasted text are shorter
 
@@ -49,19 +51,23 @@ class Config(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit < 1:
-            raise ValueError(f"magpie: limit is {self.limit}, but the target never stops writing: say how many prompts")
+            raise ValueError(
+                f"{self.kind}: limit is {self.limit}, but the target never stops writing: say how many prompts"
+            )
         if self.temperature <= 0:
-            raise ValueError(f"magpie: temperature is {self.temperature}: use one above 0, or every turn is the same")
+            raise ValueError(
+                f"{self.kind}: temperature is {self.temperature}: use one above 0, or every turn is the same"
+            )
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(
-                f"magpie: {self.min_chars} to {self.max_chars} characters: use 1 <= min_chars <= max_chars"
+                f"{self.kind}: {self.min_chars} to {self.max_chars} characters: use 1 <= min_chars <= max_chars"
             )
         if min(self.max_new_tokens, self.batch_prompts, self.max_attempts) < 1:
-            raise ValueError("magpie: max_new_tokens, batch_prompts and max_attempts must be at least 1")
+            raise ValueError(f"{self.kind}: max_new_tokens, batch_prompts and max_attempts must be at least 1")
         if not all(topic.strip() for topic in self.topics):
-            raise ValueError("magpie: a topic is empty: give each a system message, or leave topics empty")
+            raise ValueError(f"{self.kind}: a topic is empty: give each a system message, or leave topics empty")
         if not 0 <= self.min_ascii_share <= 1:
-            raise ValueError(f"magpie: min_ascii_share is {self.min_ascii_share}: use 0 to 1")
+            raise ValueError(f"{self.kind}: min_ascii_share is {self.min_ascii_share}: use 0 to 1")
 
     def read(self, context: SourceContext) -> list[Prompt]:
         """Sample batches until `limit` turns pass the filters, or the attempts run out; log the counts.
@@ -71,21 +77,20 @@ class Config(SourceConfig):
         """
         if context.sample is None:
             raise InputError(
-                "no target to write prompts", where="prompts (kind magpie)", mend="run it in the corpus stage"
+                "no target to write prompts", where=f"prompts (kind {self.kind})", mend="run it in the corpus stage"
             )
-        system = self.system or None
-        under: list[str | None] = [*self.topics] or [system]
-        prefixes = [user_prefix(context.tokenizer, system=topic) for topic in under]
+        beginning = self.beginnings(context)
         markers = template_markers(context.tokenizer)
         kept: dict[str, str] = {}
         dropped: Counter[str] = Counter()
         tried = 0
         while len(kept) < self.limit and tried < self.max_attempts * self.limit:
             seed = (context.seed * 1_000_003 + tried) % 2**31  # one of its own for every batch
-            prefix = prefixes[tried // self.batch_prompts % len(prefixes)]
-            batch = context.sample([prefix] * self.batch_prompts, self.max_new_tokens, self.temperature, seed)
-            for ids in batch:
-                text = str(context.tokenizer.decode(ids, skip_special_tokens=False)).strip()
+            begun = [beginning(tried + place) for place in range(self.batch_prompts)]
+            asked = [prefix + opening for prefix, opening in begun]
+            batch = context.sample(asked, self.max_new_tokens, self.temperature, seed)
+            for (_, opening), ids in zip(begun, batch, strict=True):
+                text = str(context.tokenizer.decode(opening + ids, skip_special_tokens=False)).strip()
                 reason = "unfinished" if len(ids) >= self.max_new_tokens else self.fault(text, markers=markers)
                 key = " ".join(words(text))
                 reason = "duplicate" if not reason and key in kept else reason
@@ -96,9 +101,19 @@ class Config(SourceConfig):
             tried += len(batch)
         self._log(tried, kept=len(kept), dropped=dropped)
         return [
-            Prompt(str(number), self.domain, self.kind, (text,), system=system, heldout=self.heldout)
+            Prompt(str(number), self.domain, self.kind, (text,), system=self.system or None, heldout=self.heldout)
             for number, text in enumerate(list(kept.values())[: self.limit])
         ]
+
+    def beginnings(self, context: SourceContext) -> Beginnings:
+        """How turns begin.
+
+        Returns:
+            For the number of a turn what stands before it, and what of itself stands already, both in tokens.
+        """
+        under: list[str | None] = [*self.topics] or [self.system or None]
+        prefixes = [user_prefix(context.tokenizer, system=topic) for topic in under]
+        return lambda number: (prefixes[number // self.batch_prompts % len(prefixes)], [])
 
     def fault(self, text: str, *, markers: tuple[str, ...]) -> str:
         """Return why a turn is dropped, in one word or two, or "" if it is good.
@@ -119,17 +134,16 @@ class Config(SourceConfig):
 
     def _log(self, tried: int, *, kept: int, dropped: Counter[str]) -> None:
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common()) or "none"
-        log.info("magpie: %d turns sampled, %d kept, dropped: %s", tried, min(kept, self.limit), reasons)
+        log.info("%s: %d turns sampled, %d kept, dropped: %s", self.kind, tried, min(kept, self.limit), reasons)
         if not kept:
             raise InputError(
                 f"none of {tried} turns the target wrote passed the filters (dropped: {reasons})",
-                where="prompts (kind magpie)",
+                where=f"prompts (kind {self.kind})",
                 mend="loosen the filters, or use another source: not every target can write a user's turn",
             )
         if kept < self.limit:
-            log.warning(
-                "magpie: %d of %d prompts after %d samples; raise max_attempts for more", kept, self.limit, tried
-            )
+            said = (self.kind, kept, self.limit, tried)
+            log.warning("%s: %d of %d prompts after %d samples; raise max_attempts for more", *said)
 
 
 def repeats(text: str) -> bool:

@@ -41,11 +41,26 @@ def test_prompts_are_gone_through_again_only_where_they_run_out(tiny_place: Work
     assert sum(len(found) > 1 for found in answers.values()) > len(texts) // 2, "further answers are other answers"
 
 
+def test_a_source_may_have_a_number_of_its_own(tiny_place: Workplace, tmp_path: Path) -> None:
+    folder = _made(
+        tiny_place.again(tmp_path / "own"), "budget.responses=100", "corpus.answers=2", "prompts.jsonl.answers=4"
+    )
+    train = [row.prompt for row in read_prompts(folder) if row.split == "train"]
+    for source in {p.source for p in train}:
+        each = Counter(p.id.partition("#")[0] for p in train if p.source == source)
+        assert set(each.values()) == {4 if source == "jsonl" else 2}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("corpus.answers=0",), "corpus.answers is 0: use at least 1"),
         (("corpus.answers=2", "corpus.temperature=0"), "greedy answers are all the same"),
+        (
+            ("prompts.jsonl.answers=2", "corpus.temperature=0"),
+            "prompts.jsonl.answers is 2, but greedy answers are all the same",
+        ),
+        (("prompts.jsonl.answers=-1",), "answers is -1: use 0 for that of the corpus"),
     ],
 )
 def test_a_number_that_makes_no_sense_is_one_line(
