@@ -17,7 +17,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.responses import check_answers
 from inference.errors import InputError
 from inference.plugins import plugins
 
@@ -204,9 +203,6 @@ class RunConfig:
         for group in (*PLUGINS, *SCHEMAS):
             if group not in NAMED and not dataclasses.is_dataclass(getattr(self, group)):
                 raise ValueError(f"{group} holds no choice, got {getattr(self, group)!r}: write {group}=<name>")
-        hottest = max([self.corpus.temperature, *getattr(self.corpus, "temperatures", ())])
-        for name, source in self.prompts.items():
-            check_answers(source.answers or 1, temperature=hottest, name=f"prompts.{name}.answers")
 
 
 def register(*, groups: Mapping[str, tuple[str, ...]] = PLUGINS, schemas: Mapping[str, str] = SCHEMAS) -> None:

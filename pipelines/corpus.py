@@ -20,6 +20,7 @@ from distill.chat import follow_up, messages_for, render_prompt
 from distill.corpus import read_shard, shard_written
 from distill.features import bytes_per_token, feature_bytes, features_path
 from distill.prompts import Prompt, SourceContext, rank
+from distill.responses import check_answers
 from distill.responses.local import Config as LocalResponses
 from distill.splits import PromptSet, prepare_prompts, prompts_digest
 from inference.answers import Answering
@@ -82,8 +83,9 @@ def run_corpus(context: RunContext) -> Artifact:
     """Write the corpus, or find it.
 
     Raises:
-        InputError: a source or a server fails, no prompt is left, or the disk is full.
+        InputError: a source or a server fails, no prompt is left, or the disk is full; or greedy answers are to differ.
     """
+    _check_answers(context.cfg)
     spec = corpus_spec(context)
     settings = {"responses": context.plan.responses, "seed": spec.seed}
     return lineage.obtain(context, spec, name="", make=lambda work, _: _make(context, work), settings=settings)
@@ -255,6 +257,16 @@ def _choose(prompts: PromptSet, context: RunContext, tokenizer: PreTrainedTokeni
                 mend="add prompts (each domain needs two or more), shorten them, or raise budget.responses",
             )
     return chosen
+
+
+def _check_answers(cfg: RunConfig) -> None:
+    """Refuse several greedy answers to a source's prompts."""
+    hottest = max([cfg.corpus.temperature, *getattr(cfg.corpus, "temperatures", ())])
+    for name, source in cfg.prompts.items():
+        try:
+            check_answers(source.answers or 1, temperature=hottest, name=f"prompts.{name}.answers")
+        except ValueError as error:
+            raise InputError(str(error), where="configuration") from None
 
 
 def _answers_each(cfg: RunConfig, split: str) -> dict[str, int]:
