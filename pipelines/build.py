@@ -187,7 +187,7 @@ def _train(lesson: Lesson, work: Work, tracker: Tracker) -> None:
     """Train a draft, with all processes of this run where the trainer can, and leave its curve beside it."""
     work.drop |= set(SCRATCH)
     work.keep |= {HISTORY_FILE, PROFILE_FILE}
-    group = ranks.called_together(lesson) if lesson.trainer.engine == "deepspeed" else None
+    group = ranks.called_together(lesson) if lesson.trainer.engine != "plain" else None
     with group.together() if group else nullcontext():
         trained = train(lesson, tracker=tracker, group=group)
     result = trained.result

@@ -1,6 +1,6 @@
 """`dspark launch`: the same command line on several processes. It only finds the words for torchrun.
 
-    dspark launch --processes 8 build trainer=deepspeed trainer.accumulation=64
+    dspark launch --processes 8 build trainer=replicated trainer.accumulation=64
     dspark launch --nodes 2 --node 0 --master node0:29500 build trainer=deepspeed trainer.accumulation=64
 
 torchrun knows failure and success alone, so the first process leaves its exit code in a file.
@@ -91,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dspark launch",
         description="Run any dspark command on several processes, by torchrun.",
-        epilog="Everything else goes to dspark. Training takes all processes with trainer=deepspeed; the shards of the "
-        "corpus are shared out among them; other stages spread the target over them (tensor parallel) if it does not "
-        "fit one device, and otherwise run on the first alone (processes.decode). All nodes must see the same "
-        "artifacts folder.",
+        epilog="Everything else goes to dspark. Training takes all processes with trainer=replicated (each has the "
+        "whole draft) or trainer=deepspeed; the shards of the corpus are shared out among them; other stages spread "
+        "the target over them (tensor parallel) if it does not fit one device, and otherwise run on the first alone "
+        "(processes.decode). All nodes must see the same artifacts folder.",
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=0, help="processes on this node (default: one a GPU)")

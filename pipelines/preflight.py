@@ -28,8 +28,11 @@ def check_training(cfg: RunConfig) -> None:
     device, size = cfg.target.torch_device(), num_processes()
     if cfg.trainer.engine == "deepspeed":
         _check_deepspeed(cfg, size)
+    elif cfg.trainer.engine == "replicated":
+        _check_replicated(cfg, size)
     elif size > 1:
-        logger.warning("trainer.engine is plain: the first process trains alone; trainer=deepspeed uses all %d", size)
+        others = "trainer=replicated (drafts that fit each process) or trainer=deepspeed"
+        logger.warning("trainer.engine is plain: the first process trains alone; %s uses all %d", others, size)
     if isinstance(cfg.optimizer, adamw8bit.Config):
         cfg.optimizer.check(device)
     formats = [cfg.target.teacher_precision] if cfg.target.teacher_precision in PACKED_FORMATS else []
@@ -47,9 +50,19 @@ def check_training(cfg: RunConfig) -> None:
         logger.warning("this CPU has no bf16 instructions: trainer.precision=bf16 will be slower than fp32")
 
 
-def _check_deepspeed(cfg: RunConfig, size: int) -> None:
+def _check_replicated(cfg: RunConfig, size: int) -> None:
+    check_spread(cfg.optimizer, accumulation=cfg.trainer.accumulation, size=size, stage=0)
+    if cfg.target.spread_teacher and size > 1:
+        _check_installed("target.spread_teacher")
+
+
+def _check_installed(where: str) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        raise InputError("deepspeed is not installed", where="trainer=deepspeed", mend="pip install deepspeed")
+        raise InputError("deepspeed is not installed", where=where, mend="pip install deepspeed")
+
+
+def _check_deepspeed(cfg: RunConfig, size: int) -> None:
+    _check_installed("trainer=deepspeed")
     trainer = cfg.trainer
     check_spread(cfg.optimizer, accumulation=trainer.accumulation, size=size, stage=trainer.zero_stage)
     if trainer.zero_stage < 3:

@@ -1,6 +1,6 @@
 """Training on all processes of a run: the first one calls, the others compose the same configuration and come.
 
-    torchrun --nproc-per-node 8 -m pipelines.cli build trainer=deepspeed
+    torchrun --nproc-per-node 8 -m pipelines.cli build trainer=replicated
 
 What is called out is plain: the words of the command line, a name, a few folders. Every process reads corpus and target
 by itself, so these lie on a disk that all of them see.
@@ -38,7 +38,7 @@ def called_together(lesson: Lesson) -> processes.Group | None:
     if words is None:
         raise InputError(
             "training on several processes needs the words its configuration was composed from",
-            where="trainer=deepspeed",
+            where=f"trainer={lesson.trainer.engine}",
             mend="start the run by the command line, `dspark launch`",
         )
     folders = {name: getattr(lesson, name) for name in ("target_folder", "corpus", "folder", "start", "reference")}

@@ -4,7 +4,9 @@
 
 Everything runs by the ordinary commands over one corpus. For strong scaling a step has `--micros` micro-batches in all,
 for weak scaling as many for each process; the first ZeRO stage is measured so, the others once, on the most processes.
-With `--resume` a run is stopped half-way and goes on with another number of processes; with `--kill` one is killed.
+With `--replicated` every number of processes is measured so under `trainer=replicated` as well, or, with an empty
+`--stages`, under it alone. With `--resume` a run is stopped half-way and goes on with another number of processes; with
+`--kill` one is killed.
 With `--offload` the most processes train under stage 3 with what it names in the CPU's memory. How decoding and the
 corpus spread over processes is `pipelines.spreading`.
 """
@@ -81,31 +83,64 @@ def finished(process: subprocess.Popen[str], *, code: int | None = 0) -> str:
     return said
 
 
-def measure(place: Place, sizes: Sequence[int], stages: Sequence[int], micros: int, profiled: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arm:
+    """One way of training on several processes.
+
+    Attributes:
+        name: of its runs.
+        engine: words that choose what trains.
+        noted: of it, for the results.
+    """
+
+    name: str
+    engine: tuple[str, ...]
+    noted: dict[str, int]
+
+
+def zero(stage: int) -> Arm:
+    """DeepSpeed at a stage."""
+    return Arm(f"zero{stage}", ("trainer=deepspeed", f"trainer.zero_stage={stage}"), {"stage": stage})
+
+
+REPLICATED = Arm("replicated", ("trainer=replicated",), {})
+
+
+def measure(
+    place: Place, sizes: Sequence[int], stages: Sequence[int], micros: int, profiled: int, *, replicated: bool = False
+) -> dict[str, Any]:
     """Build the same draft in every way."""
     finished(place.run("corpus", "corpus", ()))
     results: dict[str, Any] = {}
     watch = f"trainer.profile_steps={profiled}"
-    if not stages:
+    if not stages and not replicated:
         return results
     plain = {"plain": micros, **{f"plain_{size}x": micros * size for size in sizes if size > 1}}
     for name, count in plain.items():
         finished(place.run(name, "build", [f"trainer.accumulation={count}", *_ALWAYS, watch]))
         results[name] = {"size": 1, "micros": count, **place.outcome(name)}
         say(name, results[name])
-    for stage in stages:
-        for size in sizes:
-            for kind, count in (("strong", micros), ("weak", micros * size)):
-                if (kind == "weak" and size == 1) or (stage != stages[0] and (kind == "weak" or size < max(sizes))):
-                    continue
-                name = f"zero{stage}_{kind}_{size}"
-                words = ["trainer=deepspeed", f"trainer.zero_stage={stage}", f"trainer.accumulation={count}"]
-                finished(place.run(name, "build", [*words, *_ALWAYS, watch], size=size))
-                results[name] = {"size": size, "micros": count, "stage": stage, **place.outcome(name)}
-                same = results["plain" if count == micros else f"plain_{size}x"]
-                results[name]["off"] = off(results[name]["losses"], same["losses"])
-                say(name, results[name])
+    for arm, kind, size in ways(sizes, stages, replicated=replicated):
+        name, count = f"{arm.name}_{kind}_{size}", micros * (size if kind == "weak" else 1)
+        words = [*arm.engine, f"trainer.accumulation={count}"]
+        finished(place.run(name, "build", [*words, *_ALWAYS, watch], size=size))
+        results[name] = {"size": size, "micros": count, **arm.noted, **place.outcome(name)}
+        same = results["plain" if count == micros else f"plain_{size}x"]
+        results[name]["off"] = off(results[name]["losses"], same["losses"])
+        say(name, results[name])
     return results
+
+
+def ways(sizes: Sequence[int], stages: Sequence[int], *, replicated: bool) -> list[tuple[Arm, str, int]]:
+    """What is trained under several processes: the arm, "strong" or "weak", and how many they are."""
+    found = []
+    for stage in stages:
+        for size in sizes if stage == stages[0] else [max(sizes)]:
+            found.append((zero(stage), "strong", size))
+            if size > 1 and stage == stages[0]:
+                found.append((zero(stage), "weak", size))
+    several = [size for size in sizes if size > 1] if replicated else []
+    return found + [(REPLICATED, kind, size) for size in several for kind in ("strong", "weak")]
 
 
 def offloaded(place: Place, kinds: Sequence[str], size: int, micros: int, runs: dict[str, Any]) -> None:
@@ -128,10 +163,10 @@ def off(losses: Sequence[float], same: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, same, strict=True))
 
 
-def resumed(place: Place, size: int, micros: int, stage: int) -> dict[str, Any]:
+def resumed(place: Place, size: int, micros: int, arm: Arm) -> dict[str, Any]:
     """Stop half-way by SIGTERM, go on with another number of processes; how far the curve is from the unbroken one."""
     found: dict[str, Any] = {}
-    words = ["trainer=deepspeed", f"trainer.zero_stage={stage}", f"trainer.accumulation={micros}"]
+    words = [*arm.engine, f"trainer.accumulation={micros}"]
     words += ["trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1"]
     finished(place.run("unbroken", "build", words, size=size))
     same = place.outcome("unbroken")["losses"]
@@ -148,11 +183,11 @@ def resumed(place: Place, size: int, micros: int, stage: int) -> dict[str, Any]:
     return found
 
 
-def killed(place: Place, size: int, micros: int) -> dict[str, Any]:
+def killed(place: Place, size: int, micros: int, arm: Arm) -> dict[str, Any]:
     """Kill one process; what the run says, and whether the same command then ends well."""
     import psutil
 
-    words = ["trainer=deepspeed", f"trainer.accumulation={micros}", "trainer.checkpoint_every_steps=1"]
+    words = [*arm.engine, f"trainer.accumulation={micros}", "trainer.checkpoint_every_steps=1"]
     process = place.run("killed", "build", words, size=size)
     wait_for(place.root / "killed", place.steps // 3, process)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--nproc-per-node" not in p.cmdline()]
@@ -195,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/scaling"), help="where everything is written")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
-    parser.add_argument("--stages", type=int, nargs="*", default=[2], help="ZeRO stages; none = no times are taken")
+    parser.add_argument("--stages", type=int, nargs="*", default=[2], help="ZeRO stages; none = none is timed")
+    parser.add_argument("--replicated", action="store_true", help="time trainer=replicated on every size above 1")
     parser.add_argument("--micros", type=int, default=8, help="micro-batches of a step (strong), or for each (weak)")
     parser.add_argument("--steps", type=int, default=12, help="of each training")
     parser.add_argument("--profile", type=int, default=3, help="steps that are profiled (0 = none)")
@@ -207,15 +243,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place(args.folder.resolve(), tuple(args.words), args.steps)
     shutil.rmtree(place.root, ignore_errors=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result: dict[str, Any] = {"runs": measure(place, args.sizes, args.stages, args.micros, args.profile)}
+    runs = measure(place, args.sizes, args.stages, args.micros, args.profile, replicated=args.replicated)
+    result: dict[str, Any] = {"runs": runs}
+    interrupted = REPLICATED if args.replicated and not args.stages else zero((args.stages or [2])[-1])
     place.root.mkdir(parents=True, exist_ok=True)
     write_json(place.root / "scaling.json", result)
     if args.offload:
         offloaded(place, args.offload, max(args.sizes), args.micros, result["runs"])
     if args.resume:
-        result["resumed"] = resumed(place, max(args.sizes), args.micros, (args.stages or [2])[-1])
+        result["resumed"] = resumed(place, max(args.sizes), args.micros, interrupted)
     if args.kill:
-        result["killed"] = killed(place, max(args.sizes), args.micros)
+        result["killed"] = killed(place, max(args.sizes), args.micros, interrupted)
     write_json(place.root / "scaling.json", result)
     return 0
 

@@ -1,13 +1,14 @@
 """One draft in training: what it is, what it learns from, and the loop that moves it.
 
-Joins what `distill` knows (students, batches, losses) with what `train` knows (how parameters move). Under DeepSpeed
-every process of the run does all of this with the same arguments: each holds a target of its own, captures its share of
-what the corpus lacks, and takes its share of every step. The first one leads; it alone writes the draft.
+Joins what `distill` knows (students, batches, losses) with what `train` knows (how parameters move). Under an engine of
+several processes all of them do all of this with the same arguments: each holds a target of its own, captures its share
+of what the corpus lacks, and takes its share of every step. The first one leads; it alone writes the draft.
 """
 
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,9 +49,9 @@ from train.trackers.none import NoTracker
 logger = logging.getLogger(__name__)
 
 SCRATCH = ("checkpoints", FEATURES, STATED)
+"""What training leaves in its folder that the finished draft does without."""
 # Left of the device beside a resident corpus; steps of the embedded target's drafts take under 8 GiB.
 _ROOM_FOR_STEPS = 16 * 2**30
-"""What training leaves in its folder that the finished draft does without."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
     if network.vocabulary is not None and company.rank == 0:
         said = (draft.kind, len(network.vocabulary), 100 * covered)
         logger.info("%s proposes %d tokens, %.1f %% of the target's mass", *said)
-    captures = company.group is None and lesson.trainer.captures(target.device.type)
+    captures = lesson.trainer.captures(target.device.type)
     features = captured_features(
         lesson.corpus, lesson.folder, company, target, shards, network.taps, spread=spread, resident=not captures
     )
@@ -316,8 +317,8 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
         )
     )
 
-    if captures:
-        company.together(lambda: _keep_resident(task, lesson.name))
+    if captures and _all_have_room(task, lesson.name, company):
+        company.together(task.keep_resident)
 
     def save(folder: Path) -> None:
         save_network(network, folder, target_folder=lesson.target_folder)
@@ -327,13 +328,16 @@ def _feature_trainee(lesson: Lesson, company: Company, target: CausalModel, shar
     return _Trainee(network, task, save, used_apart=apart, metrics={"covered_mass": covered})
 
 
-def _keep_resident(task: FeatureDistillation, name: str) -> None:
-    """Put the corpus onto the device as a whole, if that leaves room for steps."""
+def _all_have_room(task: FeatureDistillation, name: str, company: Company) -> bool:
+    """Whether every process has room on its device for the whole corpus and for steps. Where one has not, all go kernel
+    by kernel; the first one says so."""
     wanted, device = task.resident_bytes(), task.target.device
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if room is not None and wanted + _ROOM_FOR_STEPS > room:
+    own = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    room = min(map(float, company.of_all(str(own))))
+    fits = wanted + _ROOM_FOR_STEPS <= room
+    if company.rank == 0 and fits:
+        logger.info("%s: %.1f GiB of the corpus onto the device", name, wanted / 2**30)
+    elif company.rank == 0:
         said = f"the corpus needs {wanted / 2**30:.1f} GiB of the device and steps {_ROOM_FOR_STEPS / 2**30:.0f}"
         logger.info("%s: %s, of which %.1f are free, so steps run kernel by kernel", name, said, room / 2**30)
-        return
-    logger.info("%s: %.1f GiB of the corpus onto the device", name, wanted / 2**30)
-    task.keep_resident()
+    return fits

@@ -24,14 +24,20 @@ class BatchesAhead(AbstractContextManager["BatchesAhead"]):
 
     def __init__(self, batches: Callable[[int, int], Batch], *, steps: int, accumulation: int) -> None:
         self._batches, self._steps, self._accumulation = batches, steps, accumulation
+        self._rank, self._size = 0, 1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._coming: tuple[_Place, Future[Batch]] | None = None
+
+    def deal(self, rank: int, size: int) -> None:
+        """Make only the micro-batches ahead that are dealt to one process of several."""
+        self._rank, self._size = rank, size
 
     def __call__(self, step: int, micro: int) -> Batch:
         """The batch of a place. What making it ahead raised is raised here."""
         place, coming = (step, micro), self._coming
         batch = coming[1].result() if coming is not None and coming[0] == place else self._batches(step, micro)
-        following = (step, micro + 1) if micro + 1 < self._accumulation else (step + 1, 0)
+        later = micro + self._size
+        following = (step, later) if later < self._accumulation else (step + 1, self._rank)
         made = following[0] < self._steps
         self._coming = (following, self._thread.submit(self._batches, *following)) if made else None
         return batch

@@ -16,7 +16,7 @@ _FREE = (
     "profile_steps",
     "peak_tflops",
 )
-ENGINES = ("plain", "deepspeed")
+ENGINES = ("plain", "deepspeed", "replicated")
 PRECISIONS = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer", "all")
 CAPTURED = ("auto", "on", "off")
@@ -27,11 +27,12 @@ class TrainerConfig:
     """How the loop runs.
 
     Attributes:
-        engine: "plain" (one process) or "deepspeed" (one or many, started by torchrun or `dspark launch`).
+        engine: "plain" (one process); or, with one process or many (started by torchrun or `dspark launch`),
+            "deepspeed", which spreads what is trained over them, or "replicated", where each holds the whole of it.
         zero_stage: what DeepSpeed spreads over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
             too.
         offload: what DeepSpeed keeps in the CPU's memory: "none", "optimizer" or "all" (weights too, stage 3).
-        captured: passes replayed as CUDA graphs by the plain engine: "auto" where there is a CUDA device and what is
+        captured: passes replayed as CUDA graphs, but not by DeepSpeed: "auto" where there is a CUDA device and what is
             trained has batches of few shapes, "on" everywhere (uncaptured on a CPU), or "off".
         steps: optimizer steps of the whole run (0 = whoever calls the loop decides, from its time budget).
         accumulation: micro-batches a step, of all processes together; gradients are averaged over all their tokens.
@@ -88,6 +89,8 @@ class TrainerConfig:
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"trainer.offload={self.offload} needs zero_stage={needed} or more, got {self.zero_stage}")
+        if self.offload != "none" and self.engine == "replicated":
+            raise ValueError(f"trainer.offload={self.offload} is DeepSpeed's: use trainer=deepspeed, or offload=none")
         _one_of(self, "precision", (*PRECISIONS, "auto"))
         _one_of(self, "schedule", SCHEDULES)
         _one_of(self, "best_is", ("max", "min"))
@@ -97,7 +100,8 @@ class TrainerConfig:
 
     def captures(self, device_type: str) -> bool:
         """Whether passes are to be captured on a device, where batches allow it."""
-        return self.engine == "plain" and (self.captured == "on" or (self.captured == "auto" and device_type == "cuda"))
+        wanted = self.captured == "on" or (self.captured == "auto" and device_type == "cuda")
+        return wanted and self.engine != "deepspeed"
 
     def trajectory(self) -> dict[str, Any]:
         """Return the settings a resumed run must share with the one it goes on from."""

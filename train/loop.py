@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from train.config import TrainerConfig
 from train.engines import Engine, Loss, Weigh
 from train.engines.captured import CapturedEngine
 from train.engines.plain import PlainEngine
+from train.engines.replicated import ReplicatedCapturedEngine, ReplicatedEngine
 from train.optimizers import OptimizerConfig
 from train.profiling import PROFILE_FILE, StepProfile
 from train.progress import Progress
@@ -48,8 +50,8 @@ def fit(
     """Train the parameters of a module that require a gradient, in place.
 
     The gradient of a step is grad(sum of `loss_sum`) / (sum of `weight_sum`) over its micro-batches: the true mean.
-    With `engine: deepspeed` the processes of torch.distributed call this together, each with the same arguments; the
-    micro-batches are dealt to them, and the first one keeps history, tracker and checkpoints.
+    With `engine: deepspeed` or `replicated` the processes of torch.distributed call this together, each with the same
+    arguments; the micro-batches are dealt to them, and the first one keeps history, tracker and checkpoints.
 
     Args:
         module: what is trained; it is put in training mode. Trainable half-precision parameters become fp32.
@@ -71,7 +73,7 @@ def fit(
         Counters, metrics and where the checkpoints are.
 
     Raises:
-        TrainingDiverged: a loss or gradient is NaN or infinite; weights (of one process) and checkpoints are those
+        TrainingDiverged: a loss or gradient is NaN or infinite; checkpoints, and weights but for DeepSpeed's, are those
             before the step.
         TrainingError: nothing to train, no weight in a batch, settings other than the checkpoint's, `best_metric` not
             among the evaluation's metrics, or an engine that cannot do what is asked.
@@ -92,6 +94,8 @@ def fit(
         thread = BatchesAhead(batches, steps=cfg.steps, accumulation=cfg.accumulation) if ahead else None
         batches = thread or batches
         run = Run(module, batches, make, optimizer, cfg, folder / "checkpoints", tracker, evaluate)
+        if thread is not None:
+            thread.deal(run.engine.rank, run.engine.size)
         alone = run.engine.size == 1
         watched = StepProfile(cfg.profile_steps, folder / PROFILE_FILE if run.leads else None)
         shown = Progress(cfg.steps, done=run.step, shown=run.leads)
@@ -121,20 +125,25 @@ def _engine(
     used_apart: Sequence[nn.Module],
     fixed_shapes: bool,
 ) -> Engine:
+    given: dict[str, Any] = {
+        "loss": loss,
+        "optimizer": optimizer,
+        "arithmetic": cfg.precision,
+        "clip_norm": cfg.clip_norm,
+    }
+    captured = fixed_shapes and cfg.captures(next(module.parameters()).device.type)
     if cfg.engine == "plain":
-        device = next(module.parameters()).device
-        kind = CapturedEngine if fixed_shapes and cfg.captures(device.type) else PlainEngine
-        return kind(module, loss=loss, optimizer=optimizer, arithmetic=cfg.precision, clip_norm=cfg.clip_norm)
+        return (CapturedEngine if captured else PlainEngine)(module, **given)
+    if cfg.engine == "replicated":
+        kind = ReplicatedCapturedEngine if captured else ReplicatedEngine
+        return kind(module, accumulation=cfg.accumulation, **given)
     from train.engines.zero import ZeroEngine
 
     assert weigh is not None, "DeepSpeed scales by the weight of a whole step before its backward passes"
     return ZeroEngine(
         module,
-        loss=loss,
+        **given,
         weigh=weigh,
-        optimizer=optimizer,
-        arithmetic=cfg.precision,
-        clip_norm=cfg.clip_norm,
         accumulation=cfg.accumulation,
         stage=cfg.zero_stage,
         offload=cfg.offload,

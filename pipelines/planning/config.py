@@ -14,7 +14,8 @@ class PlanningConfig:
         response_tokens: of a mean conversation; 0 for three quarters of corpus.max_new_tokens.
         epochs: times every training conversation is seen; trainer.steps goes before it.
         nodes: machines.
-        processes: training processes, each with a device, on one machine; several are taken to train by DeepSpeed.
+        processes: training processes, each with a device, on one machine; several are taken to train by
+            DeepSpeed, unless trainer.engine is replicated.
         memory_gib: memory of one device, in GiB; 0 for that of this machine.
         host_gib: memory of one machine, in GiB; 0 for that of this machine.
         disk_gib: room for artifacts, in GiB; 0 for what is free here.
@@ -24,8 +25,8 @@ class PlanningConfig:
         bandwidth_gb_s: of the memory of one device, in 10^9 bytes a second.
         generation_batch: conversations that one device answers at a time; 0 for corpus.batch_size.
         generation_tokens_per_s: of all devices together; 0 derives it from bandwidth, batch and operations.
-        zero_stage: what is spread over the processes (ZeRO): 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
-            too; -1 for the trainer's own.
+        zero_stage: what DeepSpeed spreads over the processes (ZeRO): 0 nothing, 1 optimizer state, 2 gradients too, 3
+            weights too; -1 for the trainer's own.
         shape: configuration of a target whose files are not here, as transformers writes it, `model_type` included;
             empty reads that of target.path.
         json: file that all figures go to; empty for none.

@@ -18,7 +18,7 @@ class DraftFigures:
         supervised: positions learned from in one step.
         step_flops: operations of one step.
         step_seconds: of one step.
-        memory: bytes of one process by part, for each ZeRO stage.
+        memory: bytes of one process by part, for each ZeRO stage that the engine knows.
         loading: bytes of one process before its first step.
         offloaded: bytes of one process that lie in its node's memory instead.
         checkpoint: bytes of one checkpoint.
@@ -89,6 +89,7 @@ class Planning:
         machine: for people.
         arithmetic: of training.
         processes: that train together.
+        engine: that trains.
         zero_stage: that is configured.
         micros: micro-batches of a step, of all processes together.
         target_parameters: of the target.
@@ -104,6 +105,7 @@ class Planning:
     machine: str
     arithmetic: str
     processes: int
+    engine: str
     zero_stage: int
     micros: int
     target_parameters: int
@@ -192,6 +194,8 @@ def _memory_mend(plan: Planning, name: str, draft: DraftFigures, largest: str) -
             f"lower draft.{name}.sequences_per_step (with trainer.accumulation raised), anchors, max_tokens or "
             "chunk_tokens"
         )
+    if plan.engine == "replicated":
+        return "use trainer=deepspeed, which spreads weights, gradients and state, or a smaller draft"
     return "use more processes with a higher zero_stage, trainer.offload, or a smaller draft"
 
 

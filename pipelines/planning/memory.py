@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from pipelines.planning.passes import StepCost
 
-STAGES = (0, 1, 2, 3)
 _FP32, _BF16 = 4, 2
 # Bytes of state a weight: two fp32 moments, or two of 8 bits with a scale for each 256 of them.
 _STATE_BYTES = {"adamw8bit": 2 + 2 * 4 / 256}
@@ -30,7 +29,7 @@ class Training:
         read: parameters of what the draft is made from: a student that is cut out of the target is a second copy first.
         cost: of one micro-batch.
         optimizer: kind of the optimizer.
-        spread: whether DeepSpeed runs it.
+        engine: that runs it (see `train.config`).
         halved: whether what is computed with are bf16 copies of fp32 weights, as DeepSpeed has them in bf16.
         offload: "none", "optimizer" or "all".
         processes: that train together.
@@ -43,10 +42,15 @@ class Training:
     read: int
     cost: StepCost
     optimizer: str
-    spread: bool
+    engine: str
     halved: bool
     offload: str
     processes: int
+
+
+def stages(engine: str) -> tuple[int, ...]:
+    """ZeRO stages that training may be planned at: none but 0 where each process holds the whole of what is trained."""
+    return (0,) if engine == "replicated" else (0, 1, 2, 3)
 
 
 def state_bytes(optimizer: str) -> float:
@@ -68,7 +72,8 @@ def memory_parts(training: Training, stage: int) -> dict[str, float]:
         return bytes_each * count / (training.processes if stage >= from_stage else 1)
 
     moved = training.trained
-    several = training.spread and training.processes > 1
+    # Gradients are summed as one flat copy of them; DeepSpeed sends it piece by piece.
+    most = {"plain": 0, "deepspeed": _BUCKET, "replicated": moved}[training.engine]
     parts = {
         "target": float(_FP32 * training.kept),
         "weights": part(number, moved, from_stage=3) + part(number, training.frozen, from_stage=3),
@@ -76,7 +81,7 @@ def memory_parts(training: Training, stage: int) -> dict[str, float]:
         "optimizer": part(state, moved, from_stage=1),
         "activations": float(training.cost.held),
         "batch": float(training.cost.batch),
-        "exchange": float(number * min(moved, _BUCKET)) if several else 0.0,
+        "exchange": float(number * min(moved, most)) if training.processes > 1 else 0.0,
         "process": _PROCESS_BYTES,
     }
     if training.offload != "none" and stage >= 1:

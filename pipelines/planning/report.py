@@ -61,7 +61,8 @@ def _parameters(plan: Planning) -> Table:
 
 def _memory(plan: Planning, name: str) -> Table:
     memory = plan.drafts[name].memory
-    title = f"{name}: GiB of one process of {plan.processes}, {plan.arithmetic}, by ZeRO stage"
+    by = "trainer=replicated" if plan.engine == "replicated" else "by ZeRO stage"
+    title = f"{name}: GiB of one process of {plan.processes}, {plan.arithmetic}, {by}"
     table = Table("", *(f"{stage} *" if stage == plan.zero_stage else str(stage) for stage in memory), title=title)
     for part in memory[plan.zero_stage]:
         table.add_row(part, *(_gib(parts[part]) for parts in memory.values()))

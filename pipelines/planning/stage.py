@@ -69,7 +69,7 @@ def make_planning(cfg: RunConfig) -> Planning:
         for name, draft in cfg.draft.items()
         if draft.trained
     }
-    stage = _stage(cfg)
+    stage, engine = _stage(cfg), _engine(cfg, machine)
     host = machine.processes * (
         _INDEX_BYTES * amount.conversations + max((draft.offloaded for draft in drafts.values()), default=0.0)
     )
@@ -77,6 +77,7 @@ def make_planning(cfg: RunConfig) -> Planning:
         machine=machine.name,
         arithmetic=machine.arithmetic,
         processes=machine.size,
+        engine=engine,
         zero_stage=stage,
         micros=cfg.trainer.accumulation,
         target_parameters=parameters,
@@ -96,6 +97,15 @@ def _stage(cfg: RunConfig) -> int:
     if cfg.plan.zero_stage >= 0:
         return cfg.plan.zero_stage
     return cfg.trainer.zero_stage if cfg.trainer.engine == "deepspeed" else 0
+
+
+def _engine(cfg: RunConfig, machine: Machine) -> str:
+    """What trains: the trainer's engine; but DeepSpeed where something is spread, or where several processes are
+    planned for and that engine knows one alone."""
+    engine = cfg.trainer.engine
+    if _stage(cfg) > 0 or (engine == "plain" and machine.size > 1):
+        return "deepspeed"
+    return engine
 
 
 def _mean_conversation(cfg: RunConfig) -> Conversation:
@@ -173,8 +183,8 @@ def _draft(
     parameters: int,
 ) -> DraftFigures:
     """One trained draft. Time is that of mean conversations, memory that of the longest ones."""
-    spread = cfg.trainer.engine == "deepspeed" or machine.size > 1 or _stage(cfg) > 0
-    halved = spread and machine.arithmetic == "bf16"
+    engine = _engine(cfg, machine)
+    halved = engine == "deepspeed" and machine.arithmetic == "bf16"
     student = sketch_draft(name, draft, target, dtype=torch.bfloat16 if halved else torch.float32)
     trained, frozen = count(student.trained), count(student.frozen)
     mean = _mean_conversation(cfg)
@@ -200,7 +210,7 @@ def _draft(
         read=parameters if isinstance(draft, pruned.Config) else trained + frozen,
         cost=peak,
         optimizer=cfg.optimizer.kind,
-        spread=spread,
+        engine=engine,
         halved=halved,
         offload=cfg.trainer.offload,
         processes=machine.size,
@@ -215,7 +225,7 @@ def _draft(
         supervised=cost.supervised * micros,
         step_flops=cost.flops * micros,
         step_seconds=duration.step_seconds(machine, draft, cost, micros=micros, conversation=usual, shape=shape),
-        memory={stage: memory.memory_parts(training, stage) for stage in memory.STAGES},
+        memory={stage: memory.memory_parts(training, stage) for stage in memory.stages(engine)},
         loading=memory.loading_bytes(training),
         offloaded=memory.offloaded_bytes(training, _stage(cfg)),
         checkpoint=saved,

@@ -1,11 +1,18 @@
 """Drafts trained by captured steps through the command line, on a CPU uncaptured: they learn what the others do."""
 
+import logging
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from pipelines import training
 from pipelines.build import HISTORY_FILE
+from pipelines.company import Company
 from tests.pipelines.test_feature_drafts import KINDS, THREE
 from tests.pipelines.tiny import Workplace, read, run
 from train.engines.captured import CapturedEngine
@@ -43,6 +50,25 @@ def test_captured_steps_learn_what_the_others_do(
         assert f"{kind}: 0.0 GiB of the corpus onto the device" in said
         losses = _losses(off, kind)
         assert len(losses) == 8 and _losses(on, kind) == pytest.approx(losses, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class _Two(Company):
+    """Two processes, of which the other one has so much room."""
+
+    other: float = math.inf
+
+    def of_all(self, said: str) -> list[str]:
+        return [said, str(self.other)]
+
+
+@pytest.mark.parametrize(("other", "fits"), [(math.inf, True), (2.0**34 + 2**20, True), (2.0**34, False)])
+def test_a_corpus_lies_on_all_devices_or_on_none(other: float, fits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    task: Any = SimpleNamespace(resident_bytes=lambda: 1000, target=SimpleNamespace(device=torch.device("cpu")))
+    assert training._all_have_room(task, "eagle3", _Two(other=other)) is fits
+    [said] = [record.getMessage() for record in caplog.records]
+    assert ("onto the device" in said) is fits and ("of which 16.0 are free, so steps run" in said) is not fits
 
 
 def test_students_and_a_draft_without_few_shapes_are_trained_as_ever(

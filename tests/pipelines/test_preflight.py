@@ -4,13 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from inference.drafters import quantized
 from inference.drafters.quantized import check_packed_step
 from inference.errors import InputError
+from pipelines import config, preflight
 from tests.pipelines.tiny import Workplace, run
 
 BASE = ("lookahead.tokens=3", "trainer.steps=3")
+
+
+def composed(words: list[str]) -> config.RunConfig:
+    config.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        return config.typed(compose("config", overrides=[word for word in words if not word.startswith("hydra.")]))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,10 @@ BASE = ("lookahead.tokens=3", "trainer.steps=3")
         ),
         (("draft=[none,pruned]", "trainer.offload=all"), "trainer.offload=all needs zero_stage=3"),
         (
+            ("draft=[none,pruned]", "trainer=replicated", "trainer.offload=optimizer"),
+            "trainer.offload=optimizer is DeepSpeed's: use trainer=deepspeed, or offload=none",
+        ),
+        (
             ("draft=[none,dspark]", "target.teacher_precision=nf4", "target.spread_teacher=true"),
             "target.spread_teacher spreads fp32 or bf16 weights",
         ),
@@ -50,6 +62,28 @@ def test_refused_before_a_corpus_is_written(
     assert code == 2, text
     assert said in text
     assert not place.artifacts.exists()
+
+
+def test_the_engines_of_several_processes_are_named_where_the_first_trains_alone(
+    tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight, "num_processes", lambda: 2)
+    cfg = composed(tiny_place.again(tmp_path).words(*BASE, "draft=[none,eagle3]"))
+    preflight.check_training(cfg)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "trainer=replicated (drafts that fit each process) or trainer=deepspeed uses all 2" in line
+
+
+def test_a_spread_teacher_needs_deepspeed_whatever_trains(
+    tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*BASE, "draft=[none,eagle3]", "trainer=replicated", "trainer.accumulation=2", "target.spread_teacher=true")
+    cfg = composed(tiny_place.again(tmp_path).words(*words))
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    preflight.check_training(cfg)  # one process spreads nothing
+    monkeypatch.setattr(preflight, "num_processes", lambda: 2)
+    with pytest.raises(InputError, match=r"deepspeed is not installed \[target.spread_teacher\]"):
+        preflight.check_training(cfg)
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "int8"])

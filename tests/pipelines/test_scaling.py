@@ -1,4 +1,4 @@
-"""The command that measures how training scales, on two CPU processes: offload keeps the losses."""
+"""The command that measures how training scales, on two CPU processes: all ways have the losses of one process."""
 
 import os
 import subprocess
@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.scaling import REPLICATED, ways, zero
 from tests.pipelines.tiny import REPOSITORY, Workplace, read
+
+
+def measured(origin: Workplace, folder: Path, *options: str, words: tuple[str, ...] = ()) -> str:
+    """What the command says that measures a tiny EAGLE-3 so."""
+    own = [
+        word
+        for word in origin.words("draft=[none,eagle3]", "lookahead.tokens=3", *words)
+        if not word.startswith(("paths.artifacts", "paths.registry", "hydra.", "trainer.steps", "trainer.checkpoint"))
+    ]
+    command = [sys.executable, "-m", "pipelines.scaling", "--folder", str(folder), *options, "--", *own]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_with_offload_the_losses_are_the_same(tiny_place: Workplace, tmp_path: Path) -> None:
-    words = [
-        word
-        for word in tiny_place.words("draft=[none,eagle3]", "lookahead.tokens=3")
-        if not word.startswith(("paths.artifacts", "paths.registry", "hydra.", "trainer.steps", "trainer.checkpoint"))
-    ]
-    options = ["--folder", str(tmp_path / "out"), "--sizes", "2", "--stages", "--micros", "2", "--steps", "3"]
-    command = [sys.executable, "-m", "pipelines.scaling", *options, "--offload", "optimizer", "all", "--", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ("--sizes", "2", "--stages", "--micros", "2", "--steps", "3", "--offload", "optimizer", "all")
+    said = measured(tiny_place, tmp_path / "out", *options)
     runs = read(tmp_path / "out" / "scaling.json")["runs"]
     assert list(runs) == ["plain", "offload_optimizer", "offload_all"]
     for kind in ("optimizer", "all"):
@@ -29,4 +36,36 @@ def test_with_offload_the_losses_are_the_same(tiny_place: Workplace, tmp_path: P
         assert (run["size"], run["stage"], run["offload"]) == (2, 3, kind)
         assert len(run["losses"]) == 3 and run["off"] < 1e-5
         assert run["step_seconds"] > 0 and run["peak_memory_gib"] > 0
-    assert "offload_all: 2 processes" in done.stdout
+    assert "offload_all: 2 processes" in said
+
+
+@pytest.mark.slow
+def test_replicated_drafts_are_measured_beside_the_same_plain_runs(tiny_place: Workplace, tmp_path: Path) -> None:
+    options = ("--sizes", "1", "2", "--stages", "--replicated", "--micros", "2", "--steps", "3", "--profile", "0")
+    said = measured(tiny_place, tmp_path / "out", *options, words=("trainer.captured=on",))
+    runs = read(tmp_path / "out" / "scaling.json")["runs"]
+    assert {name: (run["size"], run["micros"]) for name, run in runs.items()} == {
+        "plain": (1, 2),
+        "plain_2x": (1, 4),
+        "replicated_strong_2": (2, 2),
+        "replicated_weak_2": (2, 4),
+    }
+    for kind in ("strong", "weak"):
+        run = runs[f"replicated_{kind}_2"]
+        assert len(run["losses"]) == 3 and run["off"] < 1e-6 and run["step_seconds"] > 0
+    assert "replicated_weak_2: 2 processes, 4 micro-batches" in said
+
+
+def test_the_first_stage_and_replicated_drafts_are_measured_both_ways_on_every_size() -> None:
+    found = ways([1, 2, 4], [2, 3], replicated=True)
+    assert [(arm.name, kind, size) for arm, kind, size in found] == [
+        ("zero2", "strong", 1),
+        ("zero2", "strong", 2),
+        ("zero2", "weak", 2),
+        ("zero2", "strong", 4),
+        ("zero2", "weak", 4),
+        ("zero3", "strong", 4),
+        *[("replicated", kind, size) for size in (2, 4) for kind in ("strong", "weak")],
+    ]
+    assert ways([1, 2], [1], replicated=False) == [(zero(1), "strong", 1), (zero(1), "strong", 2), (zero(1), "weak", 2)]
+    assert ways([1], [], replicated=True) == [] and REPLICATED.engine == ("trainer=replicated",)

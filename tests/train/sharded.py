@@ -21,6 +21,8 @@ from train import checkpoint
 from train.batches import Batch
 from train.config import TrainerConfig
 from train.engines import zero
+from train.engines.replicated import ReplicatedEngine
+from train.errors import TrainingError
 from train.loop import FitResult, LossOutput, fit
 from train.optimizers import adamw
 from train.signals import Stopped
@@ -55,9 +57,12 @@ class Network(nn.Module):
             self.norm = nn.LayerNorm(16)
             self.scale = nn.Parameter(torch.ones(16))
             self.head = nn.Linear(16, tiny.CLASSES)
+        self.learns_scale = True
 
     def loss(self, batch: Batch) -> LossOutput:
-        hidden = self.norm(self.layers(self.frozen(batch["features"]))) * self.scale
+        batch = {name: tensor.to(self.scale.device) for name, tensor in batch.items()}
+        scale = self.scale if self.learns_scale else self.scale.detach()
+        hidden = self.norm(self.layers(self.frozen(batch["features"]))) * scale
         head = {name: p.to(hidden.dtype) for name, p in self.head.named_parameters()}
         logits = nn.functional.linear(hidden, head["weight"], head["bias"])
         losses = nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
@@ -76,20 +81,36 @@ def weigh(batch: Batch) -> float:
     return float(batch["weights"].sum())
 
 
+def mutate(module: Network, mutant: str) -> None:
+    """Break something that tests are to notice; some of it on the last of two processes alone."""
+    last = os.environ.get("RANK") == "1"
+    if mutant == "mean of means":
+        right = zero.ZeroEngine._backward
+        zero.ZeroEngine._backward = lambda self, batch, share: right(self, batch, share * 7.0 / weigh(batch))
+    if mutant == "gradients are not summed":
+        ReplicatedEngine._sum_gradients = lambda self: None
+    if mutant == "other parameters":
+        module.learns_scale = not last
+    if mutant == "nan" and last:
+        calls = iter(range(1000))
+        # Two micro-batches a step are its own: the seventh is of the fourth step.
+        module.scale.register_hook(lambda grad: grad * float("nan") if next(calls) == 6 else grad)
+
+
 def train(
     folder: Path,
     *,
     dropout: float = 0.0,
     pause: float = 0.0,
     mutant: str = "",
+    device: str = "cpu",
     tracker: Lines | None = None,
     **changes: Any,
 ) -> tuple[Network, FitResult]:
-    """Train it; `changes` go to the settings."""
-    module = Network(dropout)
-    if mutant == "mean of means":
-        right = zero.ZeroEngine._backward
-        zero.ZeroEngine._backward = lambda self, batch, share: right(self, batch, share * 7.0 / weigh(batch))
+    """Train it; `changes` go to the settings. What it had learnt when it failed is left in the folder."""
+    module = Network(dropout).to(device)
+    mutate(module, mutant)
+    captured = changes.get("captured") == "on"
 
     def slow(step: int, micro: int) -> Batch:
         time.sleep(pause)
@@ -104,18 +125,24 @@ def train(
         "clip_norm": 0.5,
         **changes,
     }
-    result = fit(
-        module,
-        batches=slow,
-        loss=module.loss,
-        optimizer=adamw.Config(lr=0.02),
-        cfg=TrainerConfig(**given),
-        folder=folder,
-        tracker=tracker or NoTracker(),
-        evaluate=lambda: {"loss": float(module.loss(batches(99, 0)).loss_sum)},
-        weigh=weigh,
-        used_apart=[module.head] if mutant != "the head is not gathered" else [],
-    )
+    try:
+        result = fit(
+            module,
+            batches=slow,
+            loss=module.loss,
+            optimizer=adamw.Config(lr=0.02),
+            cfg=TrainerConfig(**given),
+            folder=folder,
+            tracker=tracker or NoTracker(),
+            evaluate=lambda: {"loss": float(module.loss(batches(99, 0)).loss_sum)},
+            weigh=weigh,
+            used_apart=[module.head] if mutant != "the head is not gathered" else [],
+            ahead=captured,
+            fixed_shapes=captured,
+        )
+    except TrainingError:
+        save_file(tiny.weights(module), folder / f"left-{os.environ.get('RANK', 0)}.safetensors")
+        raise
     return module, result
 
 
@@ -137,8 +164,10 @@ def main() -> int:
     torch.set_num_threads(1)
     zero.PERSISTENT_NUMBERS = 0  # everything is spread, however small
     rank = int(os.environ.get("RANK", 0))
+    if told.get("device") == "cuda":
+        torch.cuda.set_device(rank)
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if told.get("device") == "cuda" else "gloo")
     folder = Path(told.pop("folder"))
     # As in a real run, the first process alone has a tracker.
     tracker = Lines() if told.pop("tracked", False) and rank == 0 else None
@@ -150,7 +179,7 @@ def main() -> int:
         sys.stdout.write(f"stopped at {stopped.step}\n")
         return _part(143)
     if rank == 0:
-        save_file({name: p.detach().clone() for name, p in module.named_parameters()}, folder / "weights.safetensors")
+        save_file({name: p.cpu() for name, p in tiny.weights(module).items()}, folder / "weights.safetensors")
         text = {"history": result.history, "resumed": result.resumed_step, "tokens": result.tokens}
         text["tracked"] = tracker.lines if tracker else []
         (folder / "result.json").write_text(json.dumps(text))

@@ -82,6 +82,9 @@ def test_a_replay_reads_its_own_batch_and_starts_from_no_gradient() -> None:
         ("on", "cpu", "plain", True),
         ("off", "cuda", "plain", False),
         ("on", "cuda", "deepspeed", False),
+        ("auto", "cuda", "replicated", True),
+        ("auto", "cpu", "replicated", False),
+        ("off", "cuda", "replicated", False),
     ],
 )
 def test_where_passes_are_captured(captured: str, device: str, engine: str, wanted: bool) -> None:
@@ -144,6 +147,24 @@ def test_batches_ahead_are_made_by_another_thread_and_are_the_same() -> None:
     order = [place for place, maker in makers if maker != own]
     assert order[:5] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [place for place, maker in makers if maker == own] == [(0, 0), (1, 1)]
+
+
+def test_of_several_processes_each_makes_its_own_batches_ahead() -> None:
+    makers: dict[tuple[int, int], int] = {}
+
+    def made(step: int, micro: int) -> Batch:
+        makers[step, micro] = threading.get_ident()
+        return batches(step, micro)
+
+    with BatchesAhead(made, steps=2, accumulation=6) as ahead:
+        ahead.deal(1, 3)
+        for step in range(2):
+            for micro in (1, 4):
+                found = ahead(step, micro)
+                assert all(torch.equal(found[name], tensor) for name, tensor in batches(step, micro).items())
+    assert list(makers) == [(0, 1), (0, 4), (1, 1), (1, 4)], "those of others are not made"
+    own = threading.get_ident()
+    assert [place for place, maker in makers.items() if maker == own] == [(0, 1)]
 
 
 def test_what_fails_in_the_thread_is_raised_where_the_batch_is_wanted() -> None:

@@ -39,8 +39,8 @@ class Engine(Protocol):
         """Divide the gradients by the weight of the whole step, clip them and move the parameters.
 
         Returns:
-            The gradient's norm before clipping. Where it is not finite the parameters of one process were not moved;
-            those of several were, and only the checkpoint is good.
+            The gradient's norm before clipping. Where it is not finite the parameters were not moved, but for those of
+            several processes under DeepSpeed: then only the checkpoint is good.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""One process whose forward and backward passes are CUDA graphs, one for each shape of a batch.
+"""A process whose forward and backward passes are CUDA graphs, one for each shape of a batch.
 
 Small drafts are trained in steps of many small kernels, which a host launches more slowly than a GPU runs them; a graph
 is one launch. Its price: batches of few shapes, and a loss that nothing waits for. A shape's first batch runs kernel by
@@ -82,7 +82,9 @@ class CapturedEngine(PlainEngine):
         collecting = gc.isenabled()
         gc.disable()  # a graph or an event that is freed while another graph is captured spoils that one
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Other threads may use the device meanwhile, as the one does by which NCCL watches its work.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 output = self._backward(inputs)
         finally:
             if collecting:

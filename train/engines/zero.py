@@ -19,8 +19,8 @@ from train import checkpoint, precision
 from train.batches import Batch
 from train.engines import Loss, Weigh
 from train.engines.spreading import NEVER, check_spread, deepspeed_package, join, quiet
+from train.engines.together import Together
 from train.engines.whole import Whole
-from train.errors import TrainingError
 from train.optimizers import OptimizerConfig
 from train.results import LossOutput
 
@@ -29,7 +29,7 @@ PERSISTENT_NUMBERS = 10_000
 Value = TypeVar("Value")
 
 
-class ZeroEngine:
+class ZeroEngine(Together):
     """See `Engine`.
 
     Args:
@@ -71,7 +71,7 @@ class ZeroEngine:
         self._micros = accumulation // self.size
         self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._device = self._named[0][1].device
-        self._broadcast()
+        self._start_alike()
         initial = {name: p.detach().cpu().clone() for name, p in self._named} if arithmetic == "bf16" else {}
         self._whole = Whole(module, loss, used_apart)
         settings = _settings(arithmetic, clip_norm, self._micros, stage, offload)
@@ -119,12 +119,6 @@ class ZeroEngine:
             self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
-    def total(self, values: Tensor) -> Tensor:
-        """See `Engine.total`."""
-        if self.size > 1:
-            distributed.all_reduce(values)
-        return values
-
     def within(self, call: Callable[[], Value]) -> Value:
         """See `Engine.within`."""
         with quiet(), precision.arithmetic(self._arithmetic, device=self._device):
@@ -132,12 +126,6 @@ class ZeroEngine:
         return value
 
     # State
-
-    def _broadcast(self) -> None:
-        """Start from the first process's weights."""
-        if self.size > 1:
-            for _, parameter in self._named:
-                distributed.broadcast(parameter.data, 0)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`."""
@@ -251,41 +239,6 @@ class ZeroEngine:
         if self._stage == 3:
             return list(outer.fp32_partitioned_groups_flat)
         return [p for group in self._inner().param_groups for p in group["params"]]
-
-    def rng(self) -> dict[str, Tensor]:
-        """See `Engine.rng`; the first process's under the names that one process uses."""
-        mine = checkpoint.rng_states()
-        if self._device.type == "cuda":
-            current = f"cuda:{torch.cuda.current_device()}"
-            mine = {"cpu": mine["cpu"], "cuda:0": mine[current]}
-        found = dict(mine)
-        for name, state in mine.items():
-            parts = [torch.empty_like(state) for _ in range(self.size)]
-            distributed.all_gather(parts, state)
-            found |= {f"rank{rank}.{name}": part for rank, part in enumerate(parts) if rank}
-        return found
-
-    def load_rng(self, states: dict[str, Tensor]) -> bool:
-        """See `Engine.load_rng`."""
-        saved = 1 + max((int(name[4:].partition(".")[0]) for name in states if name.startswith("rank")), default=0)
-        if saved != self.size:
-            return False
-        prefix = f"rank{self.rank}." if self.rank else ""
-        mine = {
-            n.removeprefix(prefix): s for n, s in states.items() if n.startswith(prefix) and (prefix or "." not in n)
-        }
-        torch.set_rng_state(mine["cpu"])
-        if self._device.type == "cuda" and "cuda:0" in mine:
-            torch.cuda.set_rng_state(mine["cuda:0"])
-        return True
-
-    def agree(self, failed: BaseException | None) -> None:
-        """See `Engine.agree`."""
-        count = float(self.total(torch.tensor([float(failed is not None)], dtype=torch.float64)))
-        if failed is not None:
-            raise failed
-        if count:
-            raise TrainingError("another process of this training failed", mend="see its own message")
 
     def finish(self) -> None:
         """See `Engine.finish`."""

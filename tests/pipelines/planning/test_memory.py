@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.planning.disk import checkpoint_bytes
-from pipelines.planning.memory import Training, loading_bytes, memory_parts, offloaded_bytes
+from pipelines.planning.memory import Training, loading_bytes, memory_parts, offloaded_bytes, stages
 from pipelines.planning.passes import StepCost
 from train.config import TrainerConfig
 from train.loop import fit
@@ -26,7 +26,7 @@ SPREAD = Training(
     read=NUMBERS,
     cost=COST,
     optimizer="adamw",
-    spread=True,
+    engine="deepspeed",
     halved=True,
     offload="none",
     processes=4,
@@ -55,7 +55,18 @@ def test_everything_else_is_the_same_in_every_stage() -> None:
         assert parts["target"] == 4 * NUMBERS and parts["activations"] == 5_000 and parts["batch"] == 700
         assert parts["exchange"] == 2 * NUMBERS
     assert memory_parts(replace(SPREAD, processes=1), 0)["exchange"] == 0
+    assert memory_parts(replace(SPREAD, engine="plain"), 0)["exchange"] == 0
     assert loading_bytes(SPREAD) > 4 * (SPREAD.loaded + SPREAD.read)
+
+
+def test_a_replicated_draft_is_whole_everywhere_and_sends_all_its_gradients_at_once() -> None:
+    copies = replace(SPREAD, engine="replicated", halved=False)
+    assert stages("replicated") == (0,)
+    assert moved(0, copies) == 16, "4 of weights, 4 of gradients, 8 of state, whatever the number of processes"
+    assert memory_parts(copies, 0)["exchange"] == 4 * NUMBERS
+    many = 600_000_000  # more than DeepSpeed sends at a time
+    assert memory_parts(replace(copies, trained=many), 0)["exchange"] == 4 * many
+    assert memory_parts(replace(copies, trained=many, engine="deepspeed"), 0)["exchange"] == 4 * 500_000_000
 
 
 def test_what_is_offloaded_lies_elsewhere() -> None:

@@ -67,6 +67,32 @@ def test_steps_follow_from_epochs_and_what_is_not_for_validation(tiny_place: Wor
     assert read(out)["drafts"]["pruned"]["steps"] == 141
 
 
+def test_a_replicated_training_is_planned_with_all_of_it_in_each_process(tiny_place: Workplace, tmp_path: Path) -> None:
+    place, out = tiny_place.again(tmp_path), tmp_path / "plan.json"
+    several = ("plan.processes=2", "trainer.accumulation=2", "trainer.precision=fp32", f"plan.json={out}")
+    found = {}
+    for name, words in {"one": (), "copies": ("trainer=replicated",), "spread": ("trainer=deepspeed",)}.items():
+        processes = several if words else several[1:]
+        text, code = run(place.words("draft=[none,eagle3]", *words, *processes, *DESCRIBED, stage="plan"))
+        assert code == 0, text
+        found[name] = read(out)
+    one, copies, spread = (found[name]["drafts"]["eagle3"] for name in ("one", "copies", "spread"))
+    assert found["copies"]["engine"] == "replicated" and found["copies"]["zero_stage"] == 0
+    assert list(copies["memory"]) == ["0"], "there is nothing to spread"
+    for part in ("weights", "gradients", "optimizer", "activations"):
+        assert copies["memory"]["0"][part] == one["memory"]["0"][part] == spread["memory"]["0"][part]
+    assert copies["memory"]["0"]["exchange"] == 4 * copies["trained"] and one["memory"]["0"]["exchange"] == 0
+    assert copies["step_seconds"] == spread["step_seconds"] == pytest.approx(one["step_seconds"] / 2)
+    between = (sum(copies["memory"]["0"].values()) + copies["loading"]) / 2
+    tight = f"plan.memory_gib={between / 2**30}"
+    described = [word for word in DESCRIBED if "memory_gib" not in word]
+    text, code = run(
+        place.words("draft=[none,eagle3]", "trainer=replicated", *several, *described, tight, stage="plan")
+    )
+    assert code == 0 and "trainer=replicated" in text and "by ZeRO stage" not in text
+    assert "does not fit: eagle3" in text and "use trainer=deepspeed, which spreads weights" in text
+
+
 def test_this_machine_is_measured_where_none_is_described(
     tiny_place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
