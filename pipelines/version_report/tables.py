@@ -243,12 +243,18 @@ def training(contents: Contents) -> Table | None:
             f"{of['tokens_per_s']:,.0f}" if "tokens_per_s" in of else "-",
             f"{of['fed_tokens_per_s']:,.0f}" if "fed_tokens_per_s" in of else "-",
             f"{of['step_tflops'] * of['steps_per_s']:.3g}" if "step_tflops" in of else "-",
-            f"{of['mfu']:.1%} of {of['peak_tflops']:g}" if "mfu" in of else "-",
+            _mfu(of),
         ]
         for name, of in known.items()
     ]
     header = ["draft", "steps", "seconds", "steps/s", "supervised tokens/s", "fed tokens/s", "TFLOP/s", "MFU"]
     return Table(header, rows, _place(list(known), contents.winner)) if rows else None
+
+
+def _mfu(of: Mapping[str, Any]) -> str:
+    """The share of the device's peak, and the peak where it is told."""
+    share = f"{of['mfu']:.1%}" if "mfu" in of else "-"
+    return f"{share} of {of['peak_tflops']:g}" if "mfu" in of and "peak_tflops" in of else share
 
 
 def stages(contents: Contents) -> Table:

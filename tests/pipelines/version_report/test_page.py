@@ -1,6 +1,7 @@
 """The page says who won first, lacks what the version lacks, runs nothing, fetches nothing and escapes everything."""
 
 import html
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ from inference.errors import InputError
 from inference.pair import load_pair
 from pipelines.registry import move_alias
 from pipelines.verify import read_checks
-from pipelines.version_report.contents import read_contents
+from pipelines.version_report.contents import TRAINING_FIGURES, read_contents
 from pipelines.version_report.examples import EXAMPLES_FILE, write_examples
 from pipelines.version_report.page import REPORT_FILE, render, rounds, write_report
 from pipelines.version_report.tables import training
@@ -27,6 +28,7 @@ from tests.pipelines.version_report.versions import (
     write_version,
 )
 
+SEEDS = Path(__file__).resolve().parents[3] / "distill" / "seeds"
 EVIL = '<script>alert("x")</script>'
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -258,3 +260,13 @@ def test_training_speeds_are_told_of_drafts_that_know_them(tmp_path: Path) -> No
     assert known.rows[0][1:] == ["8,000", "382", "21", "12,346", "50,000", "210", "21.2% of 989"]
     assert known.rows[1][-2:] == ["-", "-"]
     assert "learning" in headings(render(read_contents(folder)))
+
+
+@pytest.mark.parametrize("manifest", sorted(SEEDS.glob("*/manifest.json")), ids=lambda file: file.parent.name)
+def test_what_a_seed_tells_of_its_training_is_shown(manifest: Path, tmp_path: Path) -> None:
+    metrics = json.loads(manifest.read_text(encoding="utf-8"))["metrics"]
+    folder = write_version(tmp_path)
+    write(folder / "training.json", {"seed": {name: metrics[name] for name in TRAINING_FIGURES if name in metrics}})
+    known = training(read_contents(folder))
+    assert known is not None and known.rows[0][0] == "seed"
+    assert known.rows[0][-1].startswith(f"{metrics['mfu']:.1%}")
