@@ -80,7 +80,7 @@ def prepare_prompts(
     checked: list[Prompt] = []
     context = replace(context, sources=sources)
     for name, source in sources.items():
-        prompts = _named(source.read(context), name=name)
+        prompts = _named(context.prompts_of(name), name=name)
         chosen = choose(prompts, limit=source.limit, seed=context.seed)
         if source.heldout:
             checked += prompts

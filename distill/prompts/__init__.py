@@ -53,6 +53,17 @@ class SourceContext:
     stripped. Only `magpie` and `similar` need it; None when no target is loaded."""
     sources: Mapping[str, "SourceConfig"] = field(default_factory=dict)
     """All sources of the run by name, for one that begins with what another reads."""
+    _read: dict[str, list[Prompt]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def prompts_of(self, name: str) -> list[Prompt]:
+        """What one of the sources reads, whatever its `limit`; read once, whoever asks: some are written by the target.
+
+        Raises:
+            InputError: see `SourceConfig.read`.
+        """
+        if name not in self._read:
+            self._read[name] = self.sources[name].read(self)
+        return self._read[name]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from inference.errors import InputError
 log = logging.getLogger(__name__)
 
 Beginnings = Callable[[int], tuple[list[int], list[int]]]
+"""The number of a turn to what stands before it and what of itself stands already, both in tokens."""
 MIN_DISTINCT_SHARE = 0.5  # of four-word runs; prose stays above 0.9, a loop falls fast
 MAX_SAME_CHARACTERS = 12  # in a row; rules and indents of pasted text are shorter
 
@@ -106,11 +107,7 @@ class Config(SourceConfig):
         ]
 
     def beginnings(self, context: SourceContext) -> Beginnings:
-        """How turns begin.
-
-        Returns:
-            For the number of a turn what stands before it, and what of itself stands already, both in tokens.
-        """
+        """How turns begin: each with its first word, behind a system message and the template's way to the user."""
         under: list[str | None] = [*self.topics] or [self.system or None]
         prefixes = [user_prefix(context.tokenizer, system=topic) for topic in under]
         return lambda number: (prefixes[number // self.batch_prompts % len(prefixes)], [])

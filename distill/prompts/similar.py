@@ -7,7 +7,7 @@ As with `magpie`, whose filters apply, the target answers them like any other.
 import random
 from dataclasses import dataclass, replace
 
-from distill.prompts import Prompt, SourceConfig, SourceContext, magpie, rank
+from distill.prompts import Prompt, SourceConfig, SourceContext, choose, magpie, rank
 from inference.errors import InputError
 
 
@@ -49,7 +49,9 @@ class Config(magpie.Config):
         Raises:
             InputError: all of the other source's prompts are longer than `max_chars`.
         """
-        prompts = [p for p in self._other(context).load(context) if len(p.turns[0]) <= self.max_chars]
+        other = self._other(context)
+        chosen = choose(context.prompts_of(self.like), limit=other.limit, seed=context.seed)
+        prompts = [prompt for prompt in chosen if len(prompt.turns[0]) <= self.max_chars]
         if not prompts:
             raise InputError(
                 f"every prompt of {self.like} is longer than {self.max_chars} characters",
@@ -58,14 +60,12 @@ class Config(magpie.Config):
             )
         prompts.sort(key=lambda prompt: rank(prompt.id, seed=context.seed))
         turns = context.tokenizer([prompt.turns[0] for prompt in prompts], add_special_tokens=False)["input_ids"]
-        before, lengths = super().beginnings(context), random.Random(context.seed)
-        shares: list[float] = []
+        before = super().beginnings(context)
 
         def begun(number: int) -> tuple[list[int], list[int]]:
-            while len(shares) <= number:
-                shares.append(lengths.uniform(self.least_share, self.most_share))
+            share = random.Random(f"{context.seed}/{number}").uniform(self.least_share, self.most_share)
             turn = turns[number % len(turns)]
-            return before(number)[0], turn[: max(1, int(shares[number] * len(turn)))]
+            return before(number)[0], turn[: max(1, int(share * len(turn)))]
 
         return begun
 

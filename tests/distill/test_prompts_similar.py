@@ -22,8 +22,10 @@ class Given(SourceConfig):
     kind: str = "given"
     domain: str = "maths"
     turns: tuple[str, ...] = tuple(TURNS)
+    reads: int = 0
 
     def read(self, context: SourceContext) -> list[Prompt]:
+        self.reads += 1
         return [Prompt(str(n), self.domain, self.kind, (t,), heldout=self.heldout) for n, t in enumerate(self.turns)]
 
 
@@ -95,9 +97,13 @@ def test_sources_of_a_run_know_each_other(chatml: PreTrainedTokenizerFast) -> No
     rest = list(chatml(REST, add_special_tokens=False)["input_ids"])
     context = SourceContext(chatml, 5, lambda prompts, *_: [rest for _ in prompts])
     heldout = Given(heldout=True, turns=("What is eight times nine minus two?",))
-    sources = {"given": Given(), "asked": heldout, "like_given": Config(like="given", limit=4, batch_prompts=4)}
-    found = prepare_prompts(sources, context, validation_share=0.0, seed=0)
+    given = Given()
+    like = Config(like="given", limit=4, batch_prompts=4)
+    found = prepare_prompts(
+        {"like_given": like, "given": given, "asked": heldout}, context, validation_share=0.0, seed=0
+    )
     assert sum(prompt.source == "like_given" for prompt in found.train) >= 2
+    assert given.reads == 1, "what the target may have written is not written twice"
 
 
 @pytest.mark.parametrize(
