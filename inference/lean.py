@@ -183,17 +183,32 @@ class LeanLayer:
         Returns:
             `[batch, n, D]`.
         """
-        batch, count, _ = states.shape
+        return self.after(states, mix(*self._turned(self.before(states), tables)))
+
+    def before(self, states: Tensor) -> Tensor:
+        """Queries, keys and values of a pass, `[batch, n, heads + 2 * kv_heads, head_dim]`, not turned by positions."""
+        rows = self._projected(self._before.of(states)).view(*states.shape[:2], -1, self.head_dim)
+        if self._norms is None:
+            return rows
         heads, both = self.heads, self.heads + self.kv_heads
-        cosine, sine = tables
-        rows = self._projected(self._before.of(states)).view(batch, count, -1, self.head_dim)
+        queries, keys = self._norms
+        return torch.cat([queries.of(rows[:, :, :heads]), keys.of(rows[:, :, heads:both]), rows[:, :, both:]], dim=2)
+
+    def _turned(self, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `before` gives, heads first, queries and keys turned by their positions."""
+        both, (cosine, sine) = self.heads + self.kv_heads, tables
         turned = rows[:, :, :both]
-        if self._norms is not None:
-            queries, keys = self._norms
-            turned = torch.cat([queries.of(turned[:, :, :heads]), keys.of(turned[:, :, heads:])], dim=2)
         turned = torch.addcmul(turned * cosine, turned.roll(self.head_dim // 2, -1), sine).transpose(1, 2)
-        mixed = mix(turned[:, :heads], turned[:, heads:], rows[:, :, both:].transpose(1, 2))
-        hidden = states + self._mixed(mixed.reshape(batch, count, -1))
+        return turned[:, : self.heads], turned[:, self.heads :], rows[:, :, both:].transpose(1, 2)
+
+    def after(self, states: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer.
+
+        Args:
+            states: `[batch, n, D]`, which the layer was given.
+            mixed: `[batch, n, heads, head_dim]`, what attention made of them.
+        """
+        hidden = states + self._mixed(mixed.flatten(2))
         inner = self._gated(self._after.of(hidden))
         opened = functional.silu(inner[..., : self._inner]) * inner[..., self._inner :]
         return hidden + self._down(opened)

@@ -19,10 +19,11 @@ except ImportError:  # torch for a CPU comes without it
     triton = None
 
 _WIDEST_HEAD = 256
-_NARROWEST = 16  # products are of no fewer rows or columns
+_NARROWEST = 16  # products are of no fewer columns
 # Powers of two are what a GPU has.
 _LOG2_E = 1.4426950408889634
-_MOST_ROWS = 32  # of queries in one program
+# Queries in one program: few, unless many programs would then wait for a processor.
+_FEW_ROWS, _MANY_ROWS, _PROGRAMS = 16, 32, 128
 # Keys looked at in one step: with few queries more than with many, and of wide heads fewer, so that those of two steps
 # fit into what a GPU's processors share (64 KiB).
 _KEYS, _KEYS_OF_FEW = 64, 128
@@ -68,11 +69,12 @@ def attend_held(
     """
     count, width, heads, dim = queries.shape
     keys, values = states[0, layer], states[1, layer]
-    groups = heads // keys.shape[2]
+    kv_heads, groups = keys.shape[2], heads // keys.shape[2]
     mixed = torch.empty(count, width, heads, dim, dtype=queries.dtype, device=queries.device)
-    block = min(_MOST_ROWS, max(_NARROWEST, 1 << (groups * width - 1).bit_length()))
+    is_many = -(-groups * width // _MANY_ROWS) * kv_heads * count >= _PROGRAMS and groups * width > _FEW_ROWS
+    block = _MANY_ROWS if is_many else _FEW_ROWS
     wide = max(_NARROWEST, 1 << (dim - 1).bit_length())
-    grid = (-(-groups * width // block), keys.shape[2], count)
+    grid = (-(-groups * width // block), kv_heads, count)
     _attend[grid](
         queries,
         keys,
@@ -94,7 +96,7 @@ def attend_held(
         DIM=dim,
         WIDE=wide,
         ROWS=block,
-        KEYS=min(_KEYS if block > _NARROWEST else _KEYS_OF_FEW, _NUMBERS // wide),
+        KEYS=min(_KEYS if is_many else _KEYS_OF_FEW, _NUMBERS // wide),
         num_warps=4,
         num_stages=_STEPS,
     )

@@ -10,6 +10,12 @@ tokens of each.
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for a CPU comes without it
+    triton = None
+
 
 class Held:
     """Buffers.
@@ -75,8 +81,33 @@ class Held:
 
 @torch.library.custom_op("dspark::write_held", mutates_args=("states",))
 def _write(states: Tensor, layer: int, keys: Tensor, values: Tensor, places: Tensor) -> None:
+    if states.is_cuda and triton is not None:
+        _put_in_place(states, layer, keys, values, places)
+        return
     for part, new in enumerate((keys, values)):
         states[part, layer].view(-1, *states.shape[4:]).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+
+
+def _put_in_place(states: Tensor, layer: int, keys: Tensor, values: Tensor, places: Tensor) -> None:
+    """`_write` by one kernel, where torch launches one for keys, one for values and copies of what is transposed."""
+    width, (kv_heads, dim) = keys.shape[2], states.shape[4:]
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
+    _put[(places.shape[0],)](
+        keys,
+        values,
+        states[0, layer],
+        states[1, layer],
+        places,
+        width,
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        KV_HEADS=kv_heads,
+        ALL=1 << (kv_heads - 1).bit_length(),
+        DIM=dim,
+        WIDE=1 << (dim - 1).bit_length(),
+        num_warps=1,
+    )
 
 
 @torch.library.custom_op("dspark::keep_held", mutates_args=("states",))
@@ -87,3 +118,35 @@ def _keep(states: Tensor, places: Tensor, sources: Tensor) -> None:
 
 for _operator in (_write, _keep):
     _operator.register_fake(lambda *_: None)
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _put(  # type: ignore[no-untyped-def]
+        new_keys,
+        new_values,
+        keys,
+        values,
+        places,
+        width,
+        key_request,
+        key_head,
+        key_token,
+        value_request,
+        value_head,
+        value_token,
+        KV_HEADS: tl.constexpr,
+        ALL: tl.constexpr,
+        DIM: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        request, token = row // width, row % width
+        head, column = tl.arange(0, ALL)[:, None], tl.arange(0, WIDE)[None, :]
+        is_there = (head < KV_HEADS) & (column < DIM)
+        place = (tl.load(places + row) * KV_HEADS + head) * DIM + column
+        key = new_keys + request * key_request + head * key_head + token * key_token + column
+        value = new_values + request * value_request + head * value_head + token * value_token + column
+        tl.store(keys + place, tl.load(key, mask=is_there), mask=is_there)
+        tl.store(values + place, tl.load(value, mask=is_there), mask=is_there)

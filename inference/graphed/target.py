@@ -14,6 +14,7 @@ from inference.batch.ragged import check_ragged
 from inference.errors import InputError
 from inference.graphed.attending import attend_held, can_attend
 from inference.graphed.held import Held
+from inference.graphed.turning import turn_held
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
@@ -120,6 +121,8 @@ class StaticTarget:
         positions = held if tree is None else starts[:, None] + tree.depths
         tables = self._cosine[positions], self._sine[positions]
         mask = None if self._by_kernel else self._mask(held, starts, shown, tree)
+        among = None if tree is None else tree.above
+        turns = [table.reshape(count * width, -1) for table in tables]
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
         for index, layer in enumerate(self._layers):
@@ -127,10 +130,6 @@ class StaticTarget:
             def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
                 buffers, scale = self._held, self._layers[index].scaling
                 buffers.write(index, key, value, flat)
-                if mask is None:
-                    among, queries = None if tree is None else tree.above, query.transpose(1, 2)
-                    found: Tensor = attend_held(queries, buffers.states, index, starts, rows, among, scale=scale)
-                    return found
                 keys, values = (
                     (read[:count] if rows is None else read.index_select(0, rows)).transpose(1, 2)
                     for read in buffers.of(index, shown=shown)
@@ -139,7 +138,14 @@ class StaticTarget:
                 mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
                 return mixed.reshape(query.shape).transpose(1, 2)
 
-            states = layer.run(states, tables, mix)
+            if mask is None:
+                own = layer.before(states).flatten(0, 1)
+                queries = turn_held(own, *turns, self._held.states, index, flat, heads=layer.heads)
+                queries = queries.unflatten(0, (count, width))
+                mixed = attend_held(queries, self._held.states, index, starts, rows, among, scale=layer.scaling)
+                states = layer.after(states, mixed)
+            else:
+                states = layer.run(states, tables, mix)
             if index in self.taps:
                 tapped[index] = states
         features = torch.cat([tapped[tap] for tap in self.taps], dim=-1) if self.taps else states[..., :0]

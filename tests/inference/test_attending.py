@@ -1,5 +1,5 @@
-"""The kernel that attends to what places hold: said plainly, it is put in its place on a CPU, where rounds must then
-read what they read without it; on a GPU the kernel is held against it."""
+"""The kernels that put keys and values into their places and attend to what these hold: said plainly, both are put in
+their place on a CPU, where rounds must then read what they read without them; on a GPU they are held against that."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from inference.graphed import contexts, target
 from inference.graphed.attending import attend_held, can_attend
 from inference.graphed.decode import GraphedDecoder
 from inference.graphed.engine import GraphedEngine
+from inference.graphed.held import Held
 from inference.graphed.rounds import Rounds
+from inference.graphed.turning import turn_held
 from inference.request import Request
 from inference.sampling_settings import SamplingSettings
 from inference.trees import Tree
@@ -47,6 +49,21 @@ def attended(
     return mixed.to(queries)
 
 
+def turned(
+    rows: Tensor, cosine: Tensor, sine: Tensor, states: Tensor, layer: int, places: Tensor, *, heads: int
+) -> Tensor:
+    """What `turn_held` does and gives."""
+    both, dim = rows.shape[1:]
+    kv_heads = (both - heads) // 2
+    numbers = rows.float()
+    cosine, sine = cosine.float()[:, None], sine.float()[:, None]
+    queries_keys = (numbers * cosine + numbers.roll(dim // 2, -1) * sine).to(rows.dtype)
+    kept = queries_keys[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
+    for part, new in enumerate(kept):
+        states[part, layer].view(-1, kv_heads, dim)[places] = new
+    return queries_keys[:, :heads]
+
+
 def test_the_kernel_is_for_16_bits_on_a_gpu() -> None:
     assert not can_attend(torch.zeros(1, dtype=torch.bfloat16), head_dim=64)
 
@@ -56,6 +73,7 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (target, contexts):
         monkeypatch.setattr(module, "can_attend", lambda states, head_dim: True)
         monkeypatch.setattr(module, "attend_held", attended)
+    monkeypatch.setattr(target, "turn_held", turned)
 
 
 @pytest.mark.usefixtures("by_kernel")
@@ -136,3 +154,42 @@ def test_the_kernel_attends_as_said(
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
             if among is not None:
                 assert not found[0, 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("count", "heads", "groups", "dim"), [(1, 9, 3, 64), (145, 9, 3, 64), (7, 4, 2, 24), (5, 8, 1, 128)]
+)
+def test_what_is_turned_is_kept(dtype: torch.dtype, count: int, heads: int, groups: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to("cuda", dtype)
+
+    rows, cosine, sine = numbers(count, heads + 2 * groups, dim), numbers(count, dim), numbers(count, dim)
+    found = numbers(2, 3, 4, 80, groups, dim)
+    wanted, places = found.clone(), torch.randperm(320, generator=generator)[:count].cuda()
+    queries = turn_held(rows, cosine, sine, found, 1, places, heads=heads)
+    close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(
+        queries, turned(rows, cosine, sine, wanted, 1, places, heads=heads), rtol=close, atol=close
+    )
+    torch.testing.assert_close(found, wanted, rtol=close, atol=close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_written_lies_in_its_places(dtype: torch.dtype, *, transposed: bool) -> None:
+    requests, width, capacity, heads, dim = 3, 5, 40, 3, 24
+    held = Held(2, batch=4, capacity=capacity, kv_heads=heads, head_dim=dim, dtype=dtype, device=torch.device("cuda"))
+    shape = (2, requests, width, heads, dim) if transposed else (2, requests, heads, width, dim)
+    new = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    keys, values = new.transpose(2, 3) if transposed else new
+    places = torch.randperm(4 * capacity, generator=torch.Generator().manual_seed(1))[: requests * width].cuda()
+    held.write(1, keys, values, places)
+    wanted = torch.zeros_like(held.states)
+    for part, each in enumerate((keys, values)):
+        wanted[part, 1].view(-1, heads, dim)[places] = each.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(held.states, wanted)
