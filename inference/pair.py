@@ -82,7 +82,7 @@ class Pair:
         captured: whether `generate` goes by captured rounds, see `load_pair`.
 
     Raises:
-        InputError: `captured` is `on`, and the pair cannot be.
+        InputError: `captured` is `on` or `compiled`, and the pair cannot be.
     """
 
     info: dict[str, Any]
@@ -249,11 +249,12 @@ def load_pair(
         beside: a pair that is loaded already; where its target is the same in the same arithmetic, it is shared.
         captured: whether its `generate` goes by captured rounds (docs/gpu.md): `auto` on a GPU, where target, draft and
             policy can be captured; `on` anywhere, on a CPU the same rounds uncaptured, and what cannot is refused;
-            `off` nowhere. Nothing else that decodes with the pair goes by it.
+            `compiled` likewise, with kernels fused first, which takes a minute before the first greedy and the first
+            sampled answer of each length of buffers; `off` nowhere. Nothing else that decodes with the pair goes by it.
 
     Raises:
         InputError: the folder holds no pair, the target is not the one it was made for, the draft does not fit, or
-            `captured` is `on` and the pair cannot be.
+            `captured` is `on` or `compiled` and the pair cannot be.
         ValueError: `captured` is another word.
     """
     folder = Path(folder)

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inference.graphed.asked import CAPTURED, CAPTURED_AUTO
+from inference.graphed.asked import CAPTURED_AUTO, PAIR_CAPTURED
 from inference.pair_files import DEFAULT_CACHE
 from inference.traffic import TrafficLog
 
@@ -32,10 +32,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where converted models are kept")
     parser.add_argument(
         "--captured",
-        choices=CAPTURED,
+        choices=PAIR_CAPTURED,
         default=CAPTURED_AUTO,
         help="decode by captured rounds: auto on a GPU where they can, on to refuse what they cannot (on a CPU the "
-        "same rounds, uncaptured), off kernel by kernel; a seed's sampled answer is another by them (default: auto)",
+        "same rounds, uncaptured), compiled the same with fused kernels (a minute before the first answer; for many "
+        "prompts), off kernel by kernel; a seed's sampled answer is another by them (default: auto)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most probable tokens (default: 0, all)")

@@ -52,6 +52,7 @@ def captured_decoder(
     tree: Tree | None = None,
     tree_when_sampled: bool = False,
     timed: Timed | None = None,
+    compiled: bool = False,
 ) -> GraphedDecoder:
     """A decoder of one request at a time. Nothing is captured before it is prepared, or decodes.
 
@@ -63,6 +64,7 @@ def captured_decoder(
         tree: what greedy rounds propose in place of a chain; see `Rounds`.
         tree_when_sampled: whether sampled rounds propose it too; likewise.
         timed: see `GraphedDecoder`.
+        compiled: see `Rounds`.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
@@ -77,6 +79,7 @@ def captured_decoder(
         tree=tree,
         tree_when_sampled=tree_when_sampled,
         timed=timed,
+        compiled=compiled,
     )
 
 
@@ -89,6 +92,7 @@ def decoder_of_capacity(
     tree: Tree | None = None,
     tree_when_sampled: bool = False,
     timed: Timed | None = None,
+    compiled: bool = False,
 ) -> GraphedDecoder:
     """`captured_decoder` with so many positions: buffers of another length may round otherwise.
 
@@ -100,6 +104,7 @@ def decoder_of_capacity(
         tree: likewise.
         tree_when_sampled: likewise.
         timed: likewise.
+        compiled: likewise.
 
     Raises:
         InputError: a target or a draft that cannot be captured.
@@ -108,5 +113,13 @@ def decoder_of_capacity(
     if not can_be_captured(drafter):
         raise InputError("rounds of this draft cannot be captured", where="draft", mend="decode it uncaptured")
     network: FeatureNetwork | None = drafter.network if isinstance(drafter, FeatureDrafter) else None
-    rounds = Rounds(target, network, block=block, capacity=capacity, tree=tree, tree_when_sampled=tree_when_sampled)
+    rounds = Rounds(
+        target,
+        network,
+        block=block,
+        capacity=capacity,
+        compiled=compiled,
+        tree=tree,
+        tree_when_sampled=tree_when_sampled,
+    )
     return GraphedDecoder(rounds, timed=timed)

@@ -16,7 +16,7 @@ from inference.drafters import Drafter
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.graphed.arms import can_be_captured, captured_decoder, longest_block
-from inference.graphed.asked import CAPTURED, CAPTURED_AUTO, CAPTURED_OFF, CAPTURED_ON
+from inference.graphed.asked import CAPTURED_AUTO, CAPTURED_COMPILED, CAPTURED_OFF, CAPTURED_ON, PAIR_CAPTURED
 from inference.graphed.decode import GraphedDecoder, Timed, follows
 from inference.graphed.target import static_layers
 from inference.lookahead import Lookahead
@@ -41,14 +41,14 @@ def growing_decoder(
         asked: see `inference.graphed.asked`.
 
     Raises:
-        InputError: `on`, and the pair cannot be captured.
+        InputError: `on` or `compiled`, and the pair cannot be captured.
         ValueError: another word.
     """
-    if asked not in CAPTURED:
-        raise ValueError(f"captured is {asked!r}; choose one of {', '.join(CAPTURED)}")
+    if asked not in PAIR_CAPTURED:
+        raise ValueError(f"captured is {asked!r}; choose one of {', '.join(PAIR_CAPTURED)}")
     if asked == CAPTURED_OFF or (asked == CAPTURED_AUTO and not _on_gpu(target)):
         return None
-    strict = asked == CAPTURED_ON
+    strict = asked in (CAPTURED_ON, CAPTURED_COMPILED)
     if reason := obstacle(target, drafter, lookahead):
         if strict:
             raise _refusal(reason)
@@ -58,7 +58,13 @@ def growing_decoder(
     drafter, tree = (drafter, tree_of(lookahead)) if lookahead.longest else (NoDrafter(), None)
     block = min(lookahead.longest, longest_block(drafter))
     return GrowingDecoder(
-        target, drafter, block=block, strict=strict, tree=tree, tree_when_sampled=tree_when_sampled(lookahead)
+        target,
+        drafter,
+        block=block,
+        strict=strict,
+        tree=tree,
+        tree_when_sampled=tree_when_sampled(lookahead),
+        compiled=asked == CAPTURED_COMPILED,
     )
 
 
@@ -87,6 +93,7 @@ class GrowingDecoder:
         strict: refuse a request that captured rounds do not follow, instead of leaving it to others.
         tree: likewise.
         tree_when_sampled: likewise.
+        compiled: likewise. Parts of rounds are not told apart then, as each would take a minute to compile too.
     """
 
     def __init__(
@@ -98,8 +105,9 @@ class GrowingDecoder:
         strict: bool,
         tree: Tree | None = None,
         tree_when_sampled: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self._target, self._drafter, self._strict = target, drafter, strict
+        self._target, self._drafter, self._strict, self._compiled = target, drafter, strict, compiled
         self._block, self._tree, self._tree_when_sampled = block, tree, tree_when_sampled
         self._decoder: GraphedDecoder | None = None
         self._timed: Timed = {}
@@ -121,7 +129,7 @@ class GrowingDecoder:
     ) -> Decoded | None:
         """Answer a request as `GraphedDecoder.decode` does; None leaves it to the ordinary decoder.
 
-        A round is timed by part before the first greedy and the first sampled request.
+        A round is timed by part before the first greedy and the first sampled request, unless it is compiled.
 
         Args:
             prompt: int64 `[T]`, at least one token.
@@ -140,7 +148,8 @@ class GrowingDecoder:
                 raise _refusal(error.what) from None
             return None
         sampled = not request.settings.greedy
-        decoder.timed(decoder.proposed(sampled=sampled), sampled=sampled)
+        if not self._compiled:
+            decoder.timed(decoder.proposed(sampled=sampled), sampled=sampled)
         return decoder.decode(prompt, request=request, seed=seed, on_tokens=on_tokens)
 
     def _decoder_for(self, tokens: int, request: Request) -> GraphedDecoder:
@@ -176,6 +185,7 @@ class GrowingDecoder:
                 tree=self._tree,
                 tree_when_sampled=self._tree_when_sampled,
                 timed=self._timed,
+                compiled=self._compiled,
             )
         except torch.OutOfMemoryError:
             reason = f"the device has no room for captured rounds of {tokens} tokens"

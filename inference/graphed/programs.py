@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.errors import InputError
+
 _WARM_UPS = 3
 _MOST_PROGRAMS = 256
 
@@ -42,13 +44,15 @@ class Programs:
         self._captured[name]()
 
     def capture(self, work: Work, *, compiled: bool) -> Work:
-        """The work as a graph."""
+        """The work as a graph.
+
+        Raises:
+            InputError: kernels cannot be fused here.
+        """
         if self._device.type != "cuda":
             return work
         if compiled and self._compiled:
-            # Every shape is a program of its own here, by design.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_PROGRAMS)
-            work = torch.compile(work, dynamic=False)
+            work = _fused(work)
         state = [(tensor, tensor.clone()) for tensor in self._state()]
 
         def restore() -> None:
@@ -69,6 +73,30 @@ class Programs:
         restore()
         replay: Work = graph.replay
         return replay
+
+
+def _fused(work: Work) -> Work:
+    """The work with its kernels fused, which the first call does.
+
+    Raises:
+        InputError: by that call, they cannot be here: no C compiler, most often.
+    """
+    # Every shape is a program of its own here, by design.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_PROGRAMS)
+    compiled = torch.compile(work, dynamic=False)
+
+    def run() -> None:
+        try:
+            compiled()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(
+                f"kernels cannot be fused here: {reason}",
+                where="captured rounds, compiled",
+                mend="install a C compiler, or go without compiled",
+            ) from error
+
+    return run
 
 
 @contextmanager

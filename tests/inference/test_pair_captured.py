@@ -19,7 +19,7 @@ from inference.decoder import decode
 from inference.drafters.none import NoDrafter
 from inference.errors import InputError
 from inference.feature_networks._checkpoint import save_network
-from inference.graphed import growing
+from inference.graphed import growing, programs
 from inference.graphed.growing import GrowingDecoder
 from inference.loading import load_causal_model
 from inference.lookahead.confidence import ConfidenceLookahead
@@ -523,5 +523,31 @@ def test_a_prompt_longer_than_the_context_is_refused_in_the_same_words(load: Cal
 
 
 def test_another_word_is_refused(load: Callable[..., Pair]) -> None:
-    with pytest.raises(ValueError, match="captured is 'yes'; choose one of auto, on, off"):
+    with pytest.raises(ValueError, match="captured is 'yes'; choose one of auto, on, off, compiled"):
         load("none", captured="yes")
+
+
+# Compiled
+
+
+def test_compiled_is_on_with_fused_kernels_and_rounds_that_are_not_told_apart(
+    load: Callable[..., Pair], ordinary: list[Request]
+) -> None:
+    fused, plain = load("eagle3", captured="compiled", lookahead=TREE), load("eagle3", lookahead=TREE)
+    given, wanted = (pair.generate(QUESTION, max_new_tokens=40) for pair in (fused, plain))
+    assert given.decoded.tokens == wanted.decoded.tokens and not ordinary
+    asked = [pair._rounds._decoder.rounds.programs._compiled for pair in (fused, plain)]  # type: ignore[union-attr]
+    assert asked == [True, False]
+    # Timing the parts would compile each of them.
+    assert given.decoded.seconds["draft"] == 0.0 < wanted.decoded.seconds["draft"]
+    with pytest.raises(InputError, match="captured rounds"):
+        fused.generate(QUESTION, temperature=1.0, top_k=3)
+
+
+def test_kernels_that_cannot_be_fused_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise torch._dynamo.exc.TorchDynamoException("\nFailed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(torch, "compile", lambda work, *, dynamic: failing)
+    with pytest.raises(InputError, match=r"cannot be fused here: Failed to find C compiler\. \[captured rounds, comp"):
+        programs._fused(lambda: None)()

@@ -62,3 +62,14 @@ def test_on_a_gpu_sampled_answers_by_a_tree_are_the_targets_draws(tmp_path: Path
     decoded = drawn_by_trees(pair, temperature=1.0, seed=5)
     # As when nothing was captured before.
     assert drawn_by_trees(pair, temperature=1.0, seed=5).tokens == decoded.tokens
+
+
+def test_on_a_gpu_a_pair_goes_by_compiled_rounds_where_that_is_asked_for(tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = written(made(tmp_path / "models"), tmp_path, "eagle3", SAMPLED)
+    compiled, captured = (load_pair(folder, device="cuda", captured=asked) for asked in ("compiled", "on"))
+    for tokens in (20, 40):
+        found, wanted = (pair.generate(QUESTION, max_new_tokens=tokens).decoded for pair in (compiled, captured))
+        assert found.tokens == wanted.tokens
+    texts = [compiled.generate(QUESTION, temperature=1.0, max_new_tokens=20, seed=seed).text for seed in (3, 4, 3)]
+    assert texts[0] == texts[2] != texts[1]
