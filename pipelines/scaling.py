@@ -9,6 +9,9 @@ With `--replicated` every number of processes is measured so under `trainer=repl
 `--kill` one is killed.
 With `--offload` the most processes train under stage 3 with what it names in the CPU's memory. How decoding and the
 corpus spread over processes is `pipelines.spreading`.
+
+`scaling.json` is written after each run, so that a measurement that is stopped keeps what it has. In a folder that
+has the corpus of the same words it is not made again; all else there is.
 """
 
 import argparse
@@ -19,15 +22,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.files import write_json
+from inference.errors import InputError
+from pipelines.files import read_json, write_json
 
 OFFLOADS = ("none", "optimizer", "all")
 _OFFLOAD_STAGE = 3  # the one that all of them work under
+_STOPPED = 130
 _ALWAYS = ("trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0")
 
 
@@ -77,7 +82,12 @@ class Place:
 
 def finished(process: subprocess.Popen[str], *, code: int | None = 0) -> str:
     """What a run said; ends the measurement when its exit code is another."""
-    said, _ = process.communicate()
+    try:
+        said, _ = process.communicate()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
     if code is not None and process.returncode != code:
         raise SystemExit(f"exit code {process.returncode} instead of {code}:\n{said[-3000:]}")
     return said
@@ -107,19 +117,26 @@ REPLICATED = Arm("replicated", ("trainer=replicated",), {})
 
 
 def measure(
-    place: Place, sizes: Sequence[int], stages: Sequence[int], micros: int, profiled: int, *, replicated: bool = False
-) -> dict[str, Any]:
-    """Build the same draft in every way."""
-    finished(place.run("corpus", "corpus", ()))
-    results: dict[str, Any] = {}
+    place: Place,
+    sizes: Sequence[int],
+    stages: Sequence[int],
+    micros: int,
+    profiled: int,
+    results: dict[str, Any],
+    keep: Callable[[], None],
+    *,
+    replicated: bool = False,
+) -> None:
+    """Build the same draft in every way; adds to the results, and keeps them after each."""
     watch = f"trainer.profile_steps={profiled}"
     if not stages and not replicated:
-        return results
+        return
     plain = {"plain": micros, **{f"plain_{size}x": micros * size for size in sizes if size > 1}}
     for name, count in plain.items():
         finished(place.run(name, "build", [f"trainer.accumulation={count}", *_ALWAYS, watch]))
         results[name] = {"size": 1, "micros": count, **place.outcome(name)}
         say(name, results[name])
+        keep()
     for arm, kind, size in ways(sizes, stages, replicated=replicated):
         name, count = f"{arm.name}_{kind}_{size}", micros * (size if kind == "weak" else 1)
         words = [*arm.engine, f"trainer.accumulation={count}"]
@@ -128,7 +145,7 @@ def measure(
         same = results["plain" if count == micros else f"plain_{size}x"]
         results[name]["off"] = off(results[name]["losses"], same["losses"])
         say(name, results[name])
-    return results
+        keep()
 
 
 def ways(sizes: Sequence[int], stages: Sequence[int], *, replicated: bool) -> list[tuple[Arm, str, int]]:
@@ -143,7 +160,9 @@ def ways(sizes: Sequence[int], stages: Sequence[int], *, replicated: bool) -> li
     return found + [(REPLICATED, kind, size) for size in several for kind in ("strong", "weak")]
 
 
-def offloaded(place: Place, kinds: Sequence[str], size: int, micros: int, runs: dict[str, Any]) -> None:
+def offloaded(
+    place: Place, kinds: Sequence[str], size: int, micros: int, runs: dict[str, Any], keep: Callable[[], None]
+) -> None:
     """The same training with more and more in the CPU's memory; adds to the runs, among which the plain one may be."""
     if "plain" not in runs:
         finished(place.run("plain", "build", [f"trainer.accumulation={micros}", *_ALWAYS]))
@@ -156,6 +175,7 @@ def offloaded(place: Place, kinds: Sequence[str], size: int, micros: int, runs: 
         runs[name] = {"size": size, "micros": micros, "stage": _OFFLOAD_STAGE, "offload": kind, **place.outcome(name)}
         runs[name]["off"] = off(runs[name]["losses"], runs["plain"]["losses"])
         say(name, runs[name])
+        keep()
 
 
 def off(losses: Sequence[float], same: Sequence[float]) -> float:
@@ -219,6 +239,21 @@ def say(name: str, result: dict[str, Any]) -> None:
     )
 
 
+def clear(place: Place) -> None:
+    """Remove what was measured before, all but a corpus of the same words."""
+    noted = place.root / "words.json"
+    try:
+        words = read_json(noted)
+    except InputError:
+        words = None
+    for child in place.root.iterdir() if place.root.is_dir() else ():
+        if child.name == "corpus" and words == list(place.words):
+            continue
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    place.root.mkdir(parents=True, exist_ok=True)
+    write_json(noted, list(place.words))
+
+
 def print_line(line: str) -> None:
     """A line on stdout, at once."""
     sys.stdout.write(line + "\n")
@@ -226,7 +261,7 @@ def print_line(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and leave `scaling.json`."""
+    """Measure, and leave `scaling.json`; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/scaling"), help="where everything is written")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
@@ -240,22 +275,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kill", action="store_true", help="kill one process")
     parser.add_argument("words", nargs="*", help="Hydra words of every run")
     args = parser.parse_args(argv)
-    place = Place(args.folder.resolve(), tuple(args.words), args.steps)
-    shutil.rmtree(place.root, ignore_errors=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    runs = measure(place, args.sizes, args.stages, args.micros, args.profile, replicated=args.replicated)
-    result: dict[str, Any] = {"runs": runs}
+    place = Place(args.folder.resolve(), tuple(args.words), args.steps)
+    try:
+        everything(place, args)
+    except KeyboardInterrupt:
+        print_line(f"stopped; what was measured is in {place.root / 'scaling.json'}")
+        return _STOPPED
+    return 0
+
+
+def everything(place: Place, args: argparse.Namespace) -> None:
+    """All that was asked for, one after another."""
+    result: dict[str, Any] = {"runs": {}}
+
+    def keep() -> None:
+        write_json(place.root / "scaling.json", result)
+
+    clear(place)
+    finished(place.run("corpus", "corpus", ()))
+    measure(place, args.sizes, args.stages, args.micros, args.profile, result["runs"], keep, replicated=args.replicated)
     interrupted = REPLICATED if args.replicated and not args.stages else zero((args.stages or [2])[-1])
-    place.root.mkdir(parents=True, exist_ok=True)
-    write_json(place.root / "scaling.json", result)
     if args.offload:
-        offloaded(place, args.offload, max(args.sizes), args.micros, result["runs"])
+        offloaded(place, args.offload, max(args.sizes), args.micros, result["runs"], keep)
     if args.resume:
         result["resumed"] = resumed(place, max(args.sizes), args.micros, interrupted)
+        keep()
     if args.kill:
         result["killed"] = killed(place, max(args.sizes), args.micros, interrupted)
-    write_json(place.root / "scaling.json", result)
-    return 0
+    keep()
 
 
 if __name__ == "__main__":

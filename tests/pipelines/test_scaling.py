@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.scaling import REPLICATED, ways, zero
+from pipelines import scaling
+from pipelines.scaling import REPLICATED, Place, clear, ways, zero
 from tests.pipelines.tiny import REPOSITORY, Workplace, read
 
 
@@ -69,3 +71,40 @@ def test_the_first_stage_and_replicated_drafts_are_measured_both_ways_on_every_s
     ]
     assert ways([1, 2], [1], replicated=False) == [(zero(1), "strong", 1), (zero(1), "strong", 2), (zero(1), "weak", 2)]
     assert ways([1], [], replicated=True) == [] and REPLICATED.engine == ("trainer=replicated",)
+
+
+def test_a_corpus_of_the_same_words_stays_and_all_else_goes(tmp_path: Path) -> None:
+    place = Place(tmp_path, ("budget.responses=8",), 3)
+
+    def left(own: Place) -> list[str]:
+        for name in ("corpus", "plain"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / "scaling.json").touch()
+        clear(own)
+        return sorted(child.name for child in tmp_path.iterdir())
+
+    assert left(place) == ["words.json"], "whose it is nobody knows"
+    assert left(place) == ["corpus", "words.json"]
+    assert left(Place(tmp_path, ("budget.responses=9",), 3)) == ["words.json"]
+    (tmp_path / "words.json").write_text("[", encoding="utf-8")
+    assert left(place) == ["words.json"]
+
+
+def test_a_measurement_that_is_stopped_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[str] = []
+
+    def run(place: Place, name: str, *given: Any, **named: Any) -> None:
+        runs.append(name)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+
+    outcome = {"losses": [1.0], "step_seconds": 0.5, "collectives": None, "peak_memory_gib": 1.0}
+    monkeypatch.setattr(Place, "run", run)
+    monkeypatch.setattr(Place, "outcome", lambda place, name: outcome)
+    monkeypatch.setattr(scaling, "finished", lambda process: "")
+    assert scaling.main(["--folder", str(tmp_path / "out"), "--", "seed=1"]) == 130
+    assert runs == ["corpus", "plain", "plain_2x"]
+    assert list(read(tmp_path / "out" / "scaling.json")["runs"]) == ["plain"]
+    assert "stopped; what was measured is in" in capsys.readouterr().out
