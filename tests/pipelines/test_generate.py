@@ -15,10 +15,10 @@ def test_the_command_line_goes_by_captured_rounds_or_says_why_not(
     folder, ordinary = written(made(tmp_path / "models"), tmp_path, "eagle3"), watched(monkeypatch)
     words = ["--pair", str(folder), "--device", "cpu", "--cache", str(tmp_path), "--max-new-tokens", "8", "hello"]
     answers = []
-    for captured in ("on", "off", "auto"):
+    for captured, decoded in (("on", 0), ("compiled", 0), ("off", 1), ("auto", 2)):
         assert main(["--captured", captured, *words]) == 0
         answers.append(capsys.readouterr().out)
-        assert len(ordinary) == ["on", "off", "auto"].index(captured)
+        assert len(ordinary) == decoded
     assert len(set(answers)) == 1
     with pytest.raises(InputError, match="captured rounds know temperatures alone"):
         main(["--captured", "on", "--top-k", "3", *words])
@@ -26,4 +26,4 @@ def test_the_command_line_goes_by_captured_rounds_or_says_why_not(
         main(["--captured", "yes", *words])
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--captured {auto,on,off}" in capsys.readouterr().out
+    assert "--captured {auto,on,off,compiled}" in capsys.readouterr().out
