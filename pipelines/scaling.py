@@ -240,8 +240,14 @@ def say(name: str, result: dict[str, Any]) -> None:
 
 
 def clear(place: Place) -> None:
-    """Remove what was measured before, all but a corpus of the same words."""
+    """Remove what was measured before, all but a corpus of the same words.
+
+    Raises:
+        InputError: a folder that holds something else.
+    """
     noted = place.root / "words.json"
+    if place.root.is_dir() and any(place.root.iterdir()) and not noted.is_file():
+        raise InputError("this folder holds something else", where=str(place.root), mend="choose another --folder")
     try:
         words = read_json(noted)
     except InputError:
@@ -282,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_line(f"stopped; what was measured is in {place.root / 'scaling.json'}")
         return _STOPPED
+    except InputError as error:
+        sys.stderr.write(f"scaling: {error}\n")
+        return 2
     return 0
 
 

@@ -83,11 +83,18 @@ def test_a_corpus_of_the_same_words_stays_and_all_else_goes(tmp_path: Path) -> N
         clear(own)
         return sorted(child.name for child in tmp_path.iterdir())
 
-    assert left(place) == ["words.json"], "whose it is nobody knows"
+    clear(place)
     assert left(place) == ["corpus", "words.json"]
     assert left(Place(tmp_path, ("budget.responses=9",), 3)) == ["words.json"]
     (tmp_path / "words.json").write_text("[", encoding="utf-8")
     assert left(place) == ["words.json"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert scaling.main(["--folder", str(tmp_path)]) == 2
+    assert "this folder holds something else" in capsys.readouterr().err
+    assert [child.name for child in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_measurement_that_is_stopped_keeps_what_it_has(
