@@ -210,10 +210,12 @@ def _existing(context: RunContext, spec: Spec, stage: str) -> Artifact:
     """
     found = context.store.find(spec)
     if found is None:
+        mend = f"run `dspark {stage}` with the same overrides first, or `dspark` for all stages"
+        if context.cfg.budget.responses is None:
+            # Other budgets are another plan, which measures this machine anew.
+            mend += "; a corpus that another plan made is found by its number too, as in budget.responses=608"
         raise InputError(
-            f"no output of the {stage} stage for this configuration",
-            where=str(context.store.path(spec)),
-            mend=f"run `dspark {stage}` with the same overrides first, or `dspark` for all stages",
+            f"no output of the {stage} stage for this configuration", where=str(context.store.path(spec)), mend=mend
         )
     return found
 
