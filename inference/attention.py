@@ -19,8 +19,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from inference.trees import added
-
 GROUPED = "sdpa_grouped"
 # Options that change the products themselves; transformers' own function knows them, or refuses them.
 _SPECIAL = ("position_bias", "softcap", "cache")
@@ -121,6 +119,14 @@ def masked_siblings(slots: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         _SLOTS.reset(token)
+
+
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the products of queries and keys: nothing where a key is seen, else minus infinity.
+
+    As a mask of truth values it would be made into this again in every layer.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def current_siblings() -> tuple[int, ...]:

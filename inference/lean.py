@@ -183,23 +183,38 @@ class LeanLayer:
         Returns:
             `[batch, n, D]`.
         """
-        return self.after(states, mix(*self._turned(self.before(states), tables)))
+        heads, both = self.heads, self.heads + self.kv_heads
+        cosine, sine = tables
+        rows = self._rows(states)
+        turned = rows[:, :, :both] if self._norms is None else torch.cat(self._normed(rows), dim=2)
+        turned = torch.addcmul(turned * cosine, turned.roll(self.head_dim // 2, -1), sine).transpose(1, 2)
+        mixed = mix(turned[:, :heads], turned[:, heads:], rows[:, :, both:].transpose(1, 2))
+        return self.after(states, mixed)
 
     def before(self, states: Tensor) -> Tensor:
-        """Queries, keys and values of a pass, `[batch, n, heads + 2 * kv_heads, head_dim]`, not turned by positions."""
-        rows = self._projected(self._before.of(states)).view(*states.shape[:2], -1, self.head_dim)
+        """What attention is made of, for who turns queries and keys by their positions himself.
+
+        Args:
+            states: `[batch, n, D]`.
+
+        Returns:
+            Queries, keys and values, `[batch, n, heads + 2 * kv_heads, head_dim]`.
+        """
+        rows = self._rows(states)
         if self._norms is None:
             return rows
-        heads, both = self.heads, self.heads + self.kv_heads
-        queries, keys = self._norms
-        return torch.cat([queries.of(rows[:, :, :heads]), keys.of(rows[:, :, heads:both]), rows[:, :, both:]], dim=2)
+        return torch.cat([*self._normed(rows), rows[:, :, self.heads + self.kv_heads :]], dim=2)
 
-    def _turned(self, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What `before` gives, heads first, queries and keys turned by their positions."""
-        both, (cosine, sine) = self.heads + self.kv_heads, tables
-        turned = rows[:, :, :both]
-        turned = torch.addcmul(turned * cosine, turned.roll(self.head_dim // 2, -1), sine).transpose(1, 2)
-        return turned[:, : self.heads], turned[:, self.heads :], rows[:, :, both:].transpose(1, 2)
+    def _rows(self, states: Tensor) -> Tensor:
+        """As `before`, without norms of queries and keys."""
+        return self._projected(self._before.of(states)).view(*states.shape[:2], -1, self.head_dim)
+
+    def _normed(self, rows: Tensor) -> list[Tensor]:
+        """Queries and keys of rows, normed."""
+        assert self._norms is not None, "asked where there are norms"
+        queries, keys = self._norms
+        heads = self.heads
+        return [queries.of(rows[:, :, :heads]), keys.of(rows[:, :, heads : heads + self.kv_heads])]
 
     def after(self, states: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer.
@@ -207,6 +222,9 @@ class LeanLayer:
         Args:
             states: `[batch, n, D]`, which the layer was given.
             mixed: `[batch, n, heads, head_dim]`, what attention made of them.
+
+        Returns:
+            `[batch, n, D]`.
         """
         hidden = states + self._mixed(mixed.flatten(2))
         inner = self._gated(self._after.of(hidden))

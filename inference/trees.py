@@ -296,11 +296,3 @@ def _with_ends(above: Tensor) -> Tensor:
     """A column for the context, which all see, in front, and one for what is beyond, which none sees, behind."""
     rows = above.shape[0]
     return torch.cat([torch.ones(rows, 1, dtype=torch.bool), above, torch.zeros(rows, 1, dtype=torch.bool)], dim=1)
-
-
-def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to the products of queries and keys: nothing where a key is seen, else minus infinity.
-
-    As a mask of truth values it would be made into this again in every layer.
-    """
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -211,7 +211,7 @@ def _existing(context: RunContext, spec: Spec, stage: str) -> Artifact:
     found = context.store.find(spec)
     if found is None:
         mend = f"run `dspark {stage}` with the same overrides first, or `dspark` for all stages"
-        if context.cfg.budget.responses is None:
+        if stage == "corpus" and context.cfg.budget.responses is None:
             # Other budgets are another plan, which measures this machine anew.
             mend += "; a corpus that another plan made is found by its number too, as in budget.responses=608"
         raise InputError(

@@ -22,8 +22,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,35 @@ class Place:
         }
 
 
+@dataclass(frozen=True)
+class Results:
+    """What was measured, written whenever there is more of it.
+
+    Attributes:
+        path: of the file.
+        data: its content; `runs` by name, and what became of interrupted ones.
+    """
+
+    path: Path
+    data: dict[str, Any] = field(default_factory=lambda: {"runs": {}})
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """By name."""
+        runs: dict[str, Any] = self.data["runs"]
+        return runs
+
+    def add(self, name: str, run: dict[str, Any], *, same: str = "") -> None:
+        """One more run, and how far its losses are off those of another, where one is named; one line says it."""
+        self.runs[name] = run | ({"off": off(run["losses"], self.runs[same]["losses"])} if same else {})
+        say(name, self.runs[name])
+        self.write()
+
+    def write(self) -> None:
+        """Keep what there is."""
+        write_json(self.path, self.data)
+
+
 def finished(process: subprocess.Popen[str], *, code: int | None = 0) -> str:
     """What a run said; ends the measurement when its exit code is another."""
     try:
@@ -122,30 +151,24 @@ def measure(
     stages: Sequence[int],
     micros: int,
     profiled: int,
-    results: dict[str, Any],
-    keep: Callable[[], None],
+    results: Results,
     *,
     replicated: bool = False,
 ) -> None:
-    """Build the same draft in every way; adds to the results, and keeps them after each."""
+    """Build the same draft in every way."""
     watch = f"trainer.profile_steps={profiled}"
     if not stages and not replicated:
         return
     plain = {"plain": micros, **{f"plain_{size}x": micros * size for size in sizes if size > 1}}
     for name, count in plain.items():
         finished(place.run(name, "build", [f"trainer.accumulation={count}", *_ALWAYS, watch]))
-        results[name] = {"size": 1, "micros": count, **place.outcome(name)}
-        say(name, results[name])
-        keep()
+        results.add(name, {"size": 1, "micros": count, **place.outcome(name)})
     for arm, kind, size in ways(sizes, stages, replicated=replicated):
         name, count = f"{arm.name}_{kind}_{size}", micros * (size if kind == "weak" else 1)
         words = [*arm.engine, f"trainer.accumulation={count}"]
         finished(place.run(name, "build", [*words, *_ALWAYS, watch], size=size))
-        results[name] = {"size": size, "micros": count, **arm.noted, **place.outcome(name)}
-        same = results["plain" if count == micros else f"plain_{size}x"]
-        results[name]["off"] = off(results[name]["losses"], same["losses"])
-        say(name, results[name])
-        keep()
+        run = {"size": size, "micros": count, **arm.noted, **place.outcome(name)}
+        results.add(name, run, same="plain" if count == micros else f"plain_{size}x")
 
 
 def ways(sizes: Sequence[int], stages: Sequence[int], *, replicated: bool) -> list[tuple[Arm, str, int]]:
@@ -160,22 +183,17 @@ def ways(sizes: Sequence[int], stages: Sequence[int], *, replicated: bool) -> li
     return found + [(REPLICATED, kind, size) for size in several for kind in ("strong", "weak")]
 
 
-def offloaded(
-    place: Place, kinds: Sequence[str], size: int, micros: int, runs: dict[str, Any], keep: Callable[[], None]
-) -> None:
-    """The same training with more and more in the CPU's memory; adds to the runs, among which the plain one may be."""
-    if "plain" not in runs:
+def offloaded(place: Place, kinds: Sequence[str], size: int, micros: int, results: Results) -> None:
+    """The same training with more and more in the CPU's memory; the plain one may be among the results."""
+    if "plain" not in results.runs:
         finished(place.run("plain", "build", [f"trainer.accumulation={micros}", *_ALWAYS]))
-        runs["plain"] = {"size": 1, "micros": micros, **place.outcome("plain")}
-        say("plain", runs["plain"])
+        results.add("plain", {"size": 1, "micros": micros, **place.outcome("plain")})
     for kind in kinds:
         name = f"offload_{kind}"
         words = ["trainer=deepspeed", f"trainer.zero_stage={_OFFLOAD_STAGE}", f"trainer.offload={kind}"]
         finished(place.run(name, "build", [*words, f"trainer.accumulation={micros}", *_ALWAYS], size=size))
-        runs[name] = {"size": size, "micros": micros, "stage": _OFFLOAD_STAGE, "offload": kind, **place.outcome(name)}
-        runs[name]["off"] = off(runs[name]["losses"], runs["plain"]["losses"])
-        say(name, runs[name])
-        keep()
+        run = {"size": size, "micros": micros, "stage": _OFFLOAD_STAGE, "offload": kind, **place.outcome(name)}
+        results.add(name, run, same="plain")
 
 
 def off(losses: Sequence[float], same: Sequence[float]) -> float:
@@ -296,23 +314,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def everything(place: Place, args: argparse.Namespace) -> None:
     """All that was asked for, one after another."""
-    result: dict[str, Any] = {"runs": {}}
-
-    def keep() -> None:
-        write_json(place.root / "scaling.json", result)
-
+    results = Results(place.root / "scaling.json")
     clear(place)
+    results.write()
     finished(place.run("corpus", "corpus", ()))
-    measure(place, args.sizes, args.stages, args.micros, args.profile, result["runs"], keep, replicated=args.replicated)
+    measure(place, args.sizes, args.stages, args.micros, args.profile, results, replicated=args.replicated)
     interrupted = REPLICATED if args.replicated and not args.stages else zero((args.stages or [2])[-1])
     if args.offload:
-        offloaded(place, args.offload, max(args.sizes), args.micros, result["runs"], keep)
+        offloaded(place, args.offload, max(args.sizes), args.micros, results)
     if args.resume:
-        result["resumed"] = resumed(place, max(args.sizes), args.micros, interrupted)
-        keep()
+        results.data["resumed"] = resumed(place, max(args.sizes), args.micros, interrupted)
+        results.write()
     if args.kill:
-        result["killed"] = killed(place, max(args.sizes), args.micros, interrupted)
-    keep()
+        results.data["killed"] = killed(place, max(args.sizes), args.micros, interrupted)
+    results.write()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ _WIDEST_HEAD = 256
 _NARROWEST = 16  # products are of no fewer columns
 # Powers of two are what a GPU has.
 _LOG2_E = 1.4426950408889634
-# Queries in one program: few, unless many programs would then wait for a processor.
-_FEW_ROWS, _MANY_ROWS, _PROGRAMS = 16, 32, 128
+# Queries in one program: few, unless there are programs enough for a GPU's processors with many.
+_FEW_ROWS, _MANY_ROWS, _ENOUGH_PROGRAMS = 16, 32, 128
 # Keys looked at in one step: with few queries more than with many, and of wide heads fewer, so that those of two steps
 # fit into what a GPU's processors share (64 KiB).
 _KEYS, _KEYS_OF_FEW = 64, 128
@@ -71,7 +71,7 @@ def attend_held(
     keys, values = states[0, layer], states[1, layer]
     kv_heads, groups = keys.shape[2], heads // keys.shape[2]
     mixed = torch.empty(count, width, heads, dim, dtype=queries.dtype, device=queries.device)
-    is_many = -(-groups * width // _MANY_ROWS) * kv_heads * count >= _PROGRAMS and groups * width > _FEW_ROWS
+    is_many = -(-groups * width // _MANY_ROWS) * kv_heads * count >= _ENOUGH_PROGRAMS and groups * width > _FEW_ROWS
     block = _MANY_ROWS if is_many else _FEW_ROWS
     wide = max(_NARROWEST, 1 << (dim - 1).bit_length())
     grid = (-(-groups * width // block), kv_heads, count)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from inference.attention import added
 from inference.feature_networks._layers import DraftShape, KeysValues
 from inference.graphed.attending import attend_held, can_attend
 from inference.graphed.held import Held
-from inference.trees import Level, TreePlan, added
+from inference.trees import Level, TreePlan
 
 
 class StaticContext:

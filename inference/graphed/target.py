@@ -4,12 +4,14 @@ Letters in shapes: B requests, W tokens of each in a pass, C positions a request
 R requests of a pass, D hidden size, m taps.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from inference.attention import added
 from inference.batch.ragged import check_ragged
 from inference.errors import InputError
 from inference.graphed.attending import attend_held, can_attend
@@ -18,7 +20,7 @@ from inference.graphed.turning import turn_held
 from inference.lean import LeanLayer, lean_layers, rolled_tables
 from inference.model import CausalModel
 from inference.taps import EMBEDDING
-from inference.trees import TreePlan, added
+from inference.trees import TreePlan
 
 # Positions read are cut to multiples of this, which masked attention kernels want.
 ALIGNMENT = 64
@@ -121,30 +123,17 @@ class StaticTarget:
         positions = held if tree is None else starts[:, None] + tree.depths
         tables = self._cosine[positions], self._sine[positions]
         mask = None if self._by_kernel else self._mask(held, starts, shown, tree)
-        among = None if tree is None else tree.above
-        turns = [table.reshape(count * width, -1) for table in tables]
         states: Tensor = self._embedding(ids)
         tapped = {EMBEDDING: states}
         for index, layer in enumerate(self._layers):
-
-            def mix(query: Tensor, key: Tensor, value: Tensor, *, index: int = index) -> Tensor:
-                buffers, scale = self._held, self._layers[index].scaling
-                buffers.write(index, key, value, flat)
-                keys, values = (
-                    (read[:count] if rows is None else read.index_select(0, rows)).transpose(1, 2)
-                    for read in buffers.of(index, shown=shown)
-                )
-                stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
-                mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
-                return mixed.reshape(query.shape).transpose(1, 2)
-
             if mask is None:
-                own = layer.before(states).flatten(0, 1)
+                own, turns = layer.before(states).flatten(0, 1), (table.flatten(0, 2) for table in tables)
                 queries = turn_held(own, *turns, self._held.states, index, flat, heads=layer.heads)
-                queries = queries.unflatten(0, (count, width))
+                queries, among = queries.unflatten(0, (count, width)), None if tree is None else tree.above
                 mixed = attend_held(queries, self._held.states, index, starts, rows, among, scale=layer.scaling)
                 states = layer.after(states, mixed)
             else:
+                mix = functools.partial(self._mix, index=index, flat=flat, rows=rows, mask=mask, shown=shown)
                 states = layer.run(states, tables, mix)
             if index in self.taps:
                 tapped[index] = states
@@ -154,6 +143,30 @@ class StaticTarget:
             if kept is not None:
                 kept.view(-1, kept.shape[-1]).index_copy_(0, flat, new.flatten(0, 1).to(kept.dtype))
         return normed, features
+
+    def _mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        index: int,
+        flat: Tensor,
+        rows: Tensor | None,
+        mask: Tensor,
+        shown: int,
+    ) -> Tensor:
+        """Keep new keys and values of a layer, and attend without a kernel of our own; see `inference.lean.Mix`."""
+        count, width = query.shape[0], query.shape[2]
+        self._held.write(index, key, value, flat)
+        keys, values = (
+            (read[:count] if rows is None else read.index_select(0, rows)).transpose(1, 2)
+            for read in self._held.of(index, shown=shown)
+        )
+        stacked = query.reshape(count, key.shape[1], self._groups * width, -1)
+        scale = self._layers[index].scaling
+        mixed = functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
+        return mixed.reshape(query.shape).transpose(1, 2)
 
     def _mask(self, held: Tensor, starts: Tensor, shown: int, tree: TreePlan | None) -> Tensor:
         """What is added to products, `[R, 1, groups * W, S]`: the queries of a group are further rows of one.
